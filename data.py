@@ -1,0 +1,355 @@
+"""The images: which ones, held whole on the device as one uint8 tensor, and batches of random views of them.
+
+A *view* of an image is one shifted and perhaps mirrored copy of it. Which view of image i is shown in epoch e follows
+from (VIEW_SEED, e, i) alone: not from the batch, the device or the seed of a network. So a student that learns alone
+and one that learns from a teacher see the same pictures, and the teacher's answer to a picture can be computed once.
+"""
+
+import hashlib
+import math
+import os
+import socket
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import default_loader
+from tqdm import tqdm
+
+DATASET = "cifar10"  # "cifar10", "synthetic", or a folder with train/<class>/* and test/<class>/*; environment: DATASET
+DATA_DIR = "data"  # downloads and caches; beside this file unless absolute; environment: DATA_DIR
+HOLD_OUT = 0  # training images set aside to tune on, reported after each epoch; 0 trains on all of them
+VIEW_SEED = 0  # seeds shifts and mirrorings; another number shows other views of the same images
+SHIFT = 2  # pixels by which a view may be moved up, down, left and right
+
+SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
+SYNTHETIC_IMAGES = {"train": 4000, "test": 4000}  # enough to tell three networks apart, in minutes on a laptop
+STALL = 30  # seconds without an answer after which a download is given up
+
+# Mean and standard deviation of the 50,000 training images of CIFAR-10 in each channel, on the scale 0 to 1.
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+# First word of each random seed, so that no two uses draw the same numbers.
+ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING = range(1, 6)
+
+
+@dataclass
+class ImageSet:
+    """One split of a dataset, whole, on one device.
+
+    images: uint8 [N, H, W, 3]; those of a training set carry SHIFT pixels of mirrored border on each side.
+    labels: int64 [N]. index: int64 [N], each image's number in the whole split, which its views follow from.
+    mean, std: three numbers each, of the training images' channels on the scale 0 to 1.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
+    """The training images without the hold-out, and the hold-out (None where HOLD_OUT is 0)."""
+    check("data.py", "HOLD_OUT", HOLD_OUT, int, 0)
+    check("data.py", "VIEW_SEED", VIEW_SEED, int, 0)
+    check("data.py", "SHIFT", SHIFT, int, 0, SIZE - 1)
+    images, labels, classes = _read("train")
+    most = len(images) - len(classes)
+    if HOLD_OUT > most:
+        raise SystemExit(
+            f"HOLD_OUT = {HOLD_OUT} in data.py must be at most {most}: "
+            f"{dataset_name()} has {len(images)} training images in {len(classes)} classes."
+        )
+    held = hold_out_positions(labels, HOLD_OUT)
+    kept = np.setdiff1d(np.arange(len(images)), held)
+    statistics = _statistics(images)
+    train = _image_set(add_border(images[kept], SHIFT), labels[kept], classes, kept, *statistics, device)
+    return train, _image_set(images[held], labels[held], classes, held, *statistics, device) if HOLD_OUT else None
+
+
+def load_test(device: torch.device | str) -> ImageSet:
+    """The test images. Only evaluate.py calls this: nothing is chosen by looking at them.
+
+    mean and std are the training images' for CIFAR-10 and the test images' own for other data; use a checkpoint's.
+    """
+    images, labels, classes = _read("test")
+    return _image_set(images, labels, classes, np.arange(len(images)), *_statistics(images), device)
+
+
+def batches(
+    split: ImageSet, batch_size: int, epoch: int | None = None, seed: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (images, labels, positions), each image of the split once.
+
+    images: float32 [B, 3, 32, 32], normalised, channels-last in memory. labels: int64 [B].
+    positions: int64 [B], the images' places in the split.
+    With an epoch the images are that epoch's views, without one they are shown as they are. With a seed the order is
+    shuffled by (seed, epoch), without one it is the split's own. The batches hold batch_size images at most and
+    differ by one at most, so that no epoch ends in a handful.
+    """
+    count, device = len(split), split.labels.device
+    border = (split.images.shape[1] - SIZE) // 2
+    # Every crop of every image, without a copy: [N, shifts down, shifts right, 32, 32, 3].
+    crops = split.images.unfold(1, SIZE, 1).unfold(2, SIZE, 1).permute(0, 1, 2, 4, 5, 3)
+    down = right = torch.full((count,), border, device=device)
+    if epoch is not None:
+        drawn = draw_views(epoch, int(split.index.max()) + 1)
+        down, right, mirrored = (part.to(device)[split.index] for part in drawn)
+    order = torch.arange(count, device=device)
+    if seed is not None:
+        order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch or 0]).permutation(count)).to(device)
+
+    for positions in order.tensor_split(batch_count(count, batch_size)):
+        images = crops[positions, down[positions], right[positions]]
+        if epoch is not None:
+            images = torch.where(mirrored[positions, None, None, None], images.flip(2), images)
+        yield normalise(images, split.mean, split.std), split.labels[positions], positions
+
+
+def batch_count(images: int, batch_size: int) -> int:
+    """How many batches `batches` makes of that many images."""
+    return math.ceil(images / batch_size)
+
+
+def draw_views(epoch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How images 0 to count - 1 are shown in this epoch: (down, right, mirrored), each [count], on the CPU.
+
+    down, right: int64, 0 to 2 * SHIFT, where the crop begins in the image with its border. mirrored: bool; each image
+    is mirrored in every second epoch, so that two epochs show both sides (alternating flip, Jordan 2024,
+    arXiv:2404.00498). The entries of image i are the same whatever the count.
+    """
+    down, right = np.random.default_rng([SHIFTS, VIEW_SEED, epoch]).integers(0, 2 * SHIFT + 1, (count, 2)).T
+    first = np.random.default_rng([MIRRORS, VIEW_SEED]).integers(0, 2, count)
+    return torch.tensor(down), torch.tensor(right), torch.tensor((first + epoch) % 2 == 1)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels-last in memory: (x / 255 - mean) / std in each channel."""
+    width, device = images.shape[2], images.device
+    std = torch.tensor(std, device=device)
+    scale = (1 / (255 * std)).repeat(width)  # a whole row at a time: ten times as fast as three channels at a time
+    offset = (-torch.tensor(mean, device=device) / std).repeat(width)
+    rows = images.flatten(2).float()
+    return rows.mul_(scale).add_(offset).view(images.shape).permute(0, 3, 1, 2)
+
+
+def add_border(images: np.ndarray, border: int) -> np.ndarray:
+    """[N, H, W, 3] to [N, H + 2 * border, W + 2 * border, 3], mirrored about the edge pixels."""
+    return np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)), mode="reflect")
+
+
+def hold_out_positions(labels: np.ndarray, count: int) -> np.ndarray:
+    """Which `count` images to set aside: every class in its share to within one, the same ones on every run."""
+    order = np.random.default_rng(SETTING_ASIDE).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    return by_class[((np.arange(count) + 0.5) * len(labels) / max(count, 1)).astype(int)]
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 [N, H, W, 3], on the scale 0 to 1."""
+    rows, count = (-1, images.shape[2] * 3), images.size / 3  # whole rows are summed at once: it is much faster
+    total = images.reshape(rows).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
+    squares = np.square(images, dtype=np.uint16).reshape(rows).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
+    mean = total / count / 255
+    std = np.sqrt(squares / count / 255**2 - mean**2)
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())  # a constant channel must not divide by 0
+
+
+# Where the images come from -------------------------------------------------------------------------------------------
+
+
+def dataset_name() -> str:
+    """What the checkpoints' folder is called: the DATASET's own name, or the folder's."""
+    dataset = os.environ.get("DATASET") or DATASET
+    if dataset in ("cifar10", "synthetic"):
+        return dataset
+    name = Path(dataset).resolve().name
+    return f"{name}-folder" if name in ("cifar10", "synthetic") else name
+
+
+def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
+    dataset = os.environ.get("DATASET") or DATASET
+    if dataset == "cifar10":
+        images, labels, classes = _cifar10(split)
+    elif dataset == "synthetic":
+        images, labels, classes = synthetic(split)
+    else:
+        images, labels, classes = _folder(Path(dataset), split)
+    return images, np.asarray(labels, dtype=np.int64), tuple(classes)
+
+
+def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return CIFAR10_STATISTICS if dataset_name() == "cifar10" else channel_statistics(images)
+
+
+def _image_set(images, labels, classes, index, mean, std, device) -> ImageSet:
+    images, labels, index = (torch.from_numpy(array).to(device) for array in (images, labels, index))
+    return ImageSet(dataset_name(), classes, images, labels, index, mean, std)
+
+
+def _data_dir() -> Path:
+    given = os.environ.get("DATA_DIR")
+    return Path(given) if given else Path(__file__).parent / DATA_DIR
+
+
+def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
+    where = _data_dir()
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL)
+    try:
+        loaded = CIFAR10(where, train=split == "train", download=True)
+    except (OSError, EOFError, RuntimeError, tarfile.TarError, zlib.error) as error:  # OSError: no network, no disk
+        raise SystemExit(
+            f"CIFAR-10 is not in {where} and could not be downloaded ({error}): put a sound {CIFAR10.filename} there "
+            f"(from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    return loaded.data, loaded.targets, loaded.classes
+
+
+def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
+    """root/<split>/<class>/*, as torchvision's ImageFolder finds them, resized to 32x32 and kept so in DATA_DIR."""
+    if not root.is_dir():
+        raise SystemExit(f"DATASET = {str(root)!r} (data.py) must be cifar10, synthetic or a folder that exists.")
+    for part in ("train", "test"):
+        if not (root / part).is_dir():
+            raise SystemExit(f"The folder {root} (DATASET) has no {part}/ in it: it needs {part}/<class>/<images>.")
+    names = {
+        part: sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir()) for part in ("train", "test")
+    }
+    if names["train"] != names["test"]:
+        only = sorted(set(names["train"]) ^ set(names["test"]))
+        raise SystemExit(f"train/ and test/ in {root} (DATASET) must hold the same classes; only one has {only[:5]}.")
+    try:
+        folder = ImageFolder(root / split)
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"The folder {root / split} (DATASET) needs one folder of images per class: {error}."
+        ) from None
+
+    # Kept under what the decoded images depend on: each file's name, size and time of change.
+    listing = [(path, *_size_and_time(path)) for path, _ in folder.samples]
+    key = hashlib.sha256(repr((SIZE, listing)).encode()).hexdigest()
+    cache = _data_dir() / "decoded" / f"{dataset_name()}-{split}-{key[:16]}.npy"
+    images = _read_cache(cache, len(listing))
+    if images is None:
+        with ThreadPoolExecutor() as pool:  # threads, not processes: decoding releases Python's lock
+            bar = tqdm(listing, f"reading {root / split}", unit=" images", disable=None, leave=False)
+            images = np.stack(list(pool.map(_read_image, (path for path, *_ in bar))))
+        try:
+            for stale in cache.parent.glob(f"{dataset_name()}-{split}-*.npy"):
+                stale.unlink(missing_ok=True)
+            write_whole(cache, lambda file: np.save(file, images))
+        except OSError as error:
+            print(f"The decoded images could not be kept in {cache.parent} ({error}); the next run decodes them again.")
+    return images, folder.targets, folder.classes
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_image(path: str) -> np.ndarray:
+    """uint8 [32, 32, 3] from a file of any size and colour mode."""
+    try:
+        return np.asarray(default_loader(path).resize((SIZE, SIZE)))
+    except (OSError, ValueError, SyntaxError) as error:  # what the decoders raise on files that are not images
+        raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
+
+
+def _read_cache(path: Path, count: int) -> np.ndarray | None:
+    """The decoded images kept at path, or None where there are none or the file is not whole."""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.dtype == np.uint8 and images.shape == (count, SIZE, SIZE, 3) else None
+
+
+def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Ten classes of drawn images, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
+
+    A class is a flower with 3 to 7 petals, filled or as an outline. Place, size, turn, squeeze, depth of the petals,
+    colours and background vary from image to image. Neighbours in the number of petals resemble each other, the more
+    the shallower the petals are, so that a teacher's doubt carries information.
+    """
+    count = SYNTHETIC_IMAGES[split]
+    rng = np.random.default_rng([DRAWING, split == "test"])
+
+    def draw(low, high, *shape):
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    labels = np.arange(count) % 10
+    petals, outlined = 3 + labels // 2, labels % 2 == 1
+    grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
+    x = grid[None, None, :] - draw(-6, 6, 1, 1)
+    y = grid[None, :, None] - draw(-6, 6, 1, 1)
+    turn, squeeze = draw(0, 2 * np.pi, 1, 1), draw(0.75, 1.33, 1, 1)
+    x, y = (x * np.cos(turn) - y * np.sin(turn)) * squeeze, (x * np.sin(turn) + y * np.cos(turn)) / squeeze
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    edge = draw(7, 12, 1, 1) * (1 + draw(0.12, 0.35, 1, 1) * np.cos(petals[:, None, None] * angle + draw(0, 6.3, 1, 1)))
+    inside = edge - radius  # pixels from the outline, positive within
+    shape = np.where(outlined[:, None, None], 1.5 - np.abs(inside - 1.5), inside)
+    cover = np.clip(shape + 0.5, 0, 1)[..., None]
+
+    def texture():
+        """Two waves of random direction, length and colour: [N, 32, 32, 3]."""
+        waves = np.zeros((count, SIZE, SIZE, 3), np.float32)
+        for _ in range(2):
+            across = draw(-0.6, 0.6, 1, 1) * grid[None, None, :] + draw(-0.6, 0.6, 1, 1) * grid[None, :, None]
+            waves += draw(-0.25, 0.25, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
+        return waves
+
+    images = (1 - cover) * (draw(0.2, 0.8, 1, 1, 3) + texture()) + cover * (draw(0.2, 0.8, 1, 1, 3) + texture())
+    images += rng.normal(0, 0.06, images.shape).astype(np.float32)
+    names = [f"{number}-petals-{form}" for number in range(3, 8) for form in ("filled", "outlined")]
+    return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
+
+
+# What data.py and models.py share -------------------------------------------------------------------------------------
+
+
+def check(
+    file: str, name: str, value, kind: type, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Ends the script with one sentence unless value is a `kind` from low (excluded where open_low) to high."""
+    kinds = (int, float) if kind is float else kind
+    sound = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not (sound and (low < value if open_low else low <= value) and value <= high):
+        number = "a whole number" if kind is int else "a number"
+        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        raise SystemExit(f"{name} = {value!r} in {file} must be {number} {bounds}.")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it.
+
+    So path is either whole or as it was, whenever the power goes. Raises OSError where that cannot be done.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

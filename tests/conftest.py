@@ -1,0 +1,91 @@
+"""What the tests share: tiny images and networks, through the real code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import distill  # noqa: E402
+import models  # noqa: E402
+import train_student  # noqa: E402
+import train_teacher  # noqa: E402
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The scripts on 200 synthetic images, with tiny networks, for two epochs. Returns where the checkpoints go."""
+    monkeypatch.setenv("DATASET", "synthetic")
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    monkeypatch.setattr(data, "SYNTHETIC_IMAGES", {"train": 200, "test": 100})
+    monkeypatch.setattr(models, "TEACHER_WIDTHS", (8, 12, 16))
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 6, 8))
+    monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))  # where bit-identity is promised
+    for script in (train_teacher, train_student, distill):
+        monkeypatch.setattr(script, "EPOCHS", 2)
+        monkeypatch.setattr(script, "BATCH_SIZE", 32)
+    return tmp_path / "synthetic"
+
+
+class Copy:
+    """A copy of the repository whose constants are edited and whose scripts are run as a user does it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, folder)
+
+    def edit(self, file: str, **constants) -> None:
+        path = self.folder / file
+        text = path.read_text(encoding="utf-8")
+        for name, value in constants.items():
+            text, count = re.subn(rf"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", text)
+            assert count == 1, f"{file} assigns {name} {count} times at the start of a line"
+        path.write_text(text, encoding="utf-8")
+
+    def run(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")}
+        return subprocess.run(
+            [sys.executable, str(self.folder / script)],
+            cwd=cwd or self.folder,
+            env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy with tiny images and networks, in a folder whose name has a space."""
+    copy = Copy(tmp_path / "a copy")
+    copy.edit("data.py", DATASET="synthetic", SYNTHETIC_IMAGES={"train": 200, "test": 100})
+    copy.edit("models.py", TEACHER_WIDTHS=(8, 12, 16), STUDENT_WIDTHS=(4, 6, 8))
+    for script in ("train_teacher.py", "train_student.py", "distill.py"):
+        copy.edit(script, EPOCHS=2, BATCH_SIZE=50)
+    return copy
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder dataset: three classes, of 12 training and 4 test images each, 40 x 24 pixels."""
+    root = tmp_path / "my images"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for shade, name in ((40, "dark"), (120, "grey"), (200, "light")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.normal(shade, 20, (24, 40, 3)).clip(0, 255).astype(np.uint8)
+                to_pil_image(pixels).save(root / split / name / f"{number}.png")
+    return root

@@ -1,0 +1,251 @@
+"""data.py: loading, the hold-out, views, batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+
+def image_set(count=30, classes=3, border=None):
+    """Random images with a border as load_train makes it."""
+    border = data.SHIFT if border is None else border
+    rng = np.random.default_rng(7)
+    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    bordered = torch.from_numpy(data.add_border(images, border))
+    images = torch.from_numpy(images)
+    labels = torch.arange(count) % classes
+    names = tuple(str(number) for number in range(classes))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    return images, data.ImageSet("x", names, bordered, labels, torch.arange(count), mean, std)
+
+
+def by_position(split, *arguments):
+    """All images of an epoch in the split's own order."""
+    drawn = [(images, positions) for images, _, positions in data.batches(split, *arguments)]
+    images, positions = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
+    assert sorted(positions.tolist()) == list(range(len(split)))  # each image exactly once
+    return images[positions.argsort()]
+
+
+def test_views_against_a_naive_loop():
+    images, split = image_set()
+    shown = by_position(split, 7, 5, 11)
+    down, right, mirrored = (part.tolist() for part in data.draw_views(5, len(split)))
+    for i in range(len(split)):
+        padded = np.pad(images[i].numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        for channel in range(3):
+            for y in range(32):
+                for x in range(0, 32, 5):
+                    column = 31 - x if mirrored[i] else x
+                    level = padded[y + down[i], column + right[i], channel] / 255
+                    expected = (level - split.mean[channel]) / split.std[channel]
+                    assert shown[i, channel, y, x].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_views_are_the_same_in_any_batch_and_any_order():
+    _, split = image_set()
+    shown = by_position(split, 30, 3)
+    for batch_size, seed in ((1, None), (7, 0), (11, 5), (30, 5)):
+        assert torch.equal(by_position(split, batch_size, 3, seed), shown)
+    assert not torch.equal(by_position(split, 30, 4), shown)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_views_are_the_same_on_cuda():
+    _, split = image_set()
+    on_cuda = replace(split, **{k: getattr(split, k).cuda() for k in ("images", "labels", "index")})
+    assert torch.equal(by_position(on_cuda, 7, 3, 1).cpu(), by_position(split, 7, 3, 1))
+
+
+def test_the_views_of_an_image_follow_from_seed_epoch_and_image_alone(monkeypatch):
+    for few, many in zip(data.draw_views(3, 10), data.draw_views(3, 1001)):
+        assert torch.equal(few, many[:10])
+    before = data.draw_views(3, 500)
+    monkeypatch.setattr(data, "VIEW_SEED", 1)
+    after = data.draw_views(3, 500)
+    assert all(not torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_all_shifts_occur_and_every_second_epoch_mirrors():
+    down, right, mirrored = data.draw_views(0, 5000)
+    counts = torch.zeros(5, 5).index_put((down, right), torch.ones(5000), accumulate=True)
+    assert counts.min() > 100 and counts.max() < 300  # 200 expected of each
+    assert 2300 < mirrored.sum() < 2700
+    assert torch.equal(data.draw_views(1, 5000)[2], ~mirrored)
+    assert torch.equal(data.draw_views(2, 5000)[2], mirrored)
+
+
+def test_a_held_out_image_changes_no_other_images_views(tiny, monkeypatch):
+    whole, none = data.load_train("cpu")
+    assert none is None
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    kept, held = data.load_train("cpu")
+    assert torch.equal(by_position(kept, 13, 2), by_position(whole, 200, 2)[kept.index])
+    assert sorted(kept.index.tolist() + held.index.tolist()) == list(range(200))
+
+
+def test_the_hold_out_takes_its_share_of_every_class():
+    labels = np.repeat([0, 1, 2], [100, 50, 7])
+    for count in (1, 10, 50, 157):
+        held = data.hold_out_positions(labels, count)
+        assert len(set(held.tolist())) == count
+        taken = np.bincount(labels[held], minlength=3)
+        assert np.all(np.abs(taken - np.array([100, 50, 7]) * count / 157) <= 1)
+        assert np.array_equal(held, data.hold_out_positions(labels, count))
+
+
+def test_evaluation_batches_are_plain_and_in_order():
+    images, split = image_set(border=0)
+    drawn = list(data.batches(split, 8))
+    positions = torch.cat([positions for _, _, positions in drawn])
+    assert positions.tolist() == list(range(30))
+    shown = torch.cat([images for images, _, _ in drawn])
+    mean, std = (torch.tensor(three).view(3, 1, 1) for three in (split.mean, split.std))
+    assert torch.allclose(shown, (images.permute(0, 3, 1, 2) / 255 - mean) / std, atol=1e-5)
+    assert torch.equal(torch.cat([labels for _, labels, _ in drawn]), split.labels)
+
+
+def test_a_training_set_shown_plainly_loses_its_border():
+    images, split = image_set()
+    assert torch.equal(by_position(split, 8), data.normalise(images, split.mean, split.std))
+
+
+def test_batches_are_channels_last_nearly_equal_and_reordered_every_epoch():
+    _, split = image_set()
+    drawn = list(data.batches(split, 8, 0, 1))
+    assert [len(labels) for _, labels, _ in drawn] == [8, 8, 7, 7]
+    assert len(drawn) == data.batch_count(30, 8)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _, _ in drawn)
+    orders = [
+        torch.cat([p for *_, p in data.batches(split, 8, epoch, seed)]).tolist()
+        for epoch, seed in ((0, 1), (1, 1), (0, 2))
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_synthetic_images_are_always_the_same_and_the_splits_differ(tiny):
+    images, labels, classes = data.synthetic("train")
+    again, *_ = data.synthetic("train")
+    test, test_labels, _ = data.synthetic("test")
+    assert images.shape == (200, 32, 32, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, again)
+    assert not np.array_equal(images[:100], test)
+    assert len(classes) == 10 and np.bincount(labels).tolist() == [20] * 10 and np.bincount(test_labels).min() == 10
+
+
+def test_statistics_of_the_training_images():
+    images, _ = image_set()
+    mean, std = data.channel_statistics(images.numpy())
+    scaled = images.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 1, 2)).tolist())
+    assert std == pytest.approx(scaled.std((0, 1, 2), correction=0).tolist())
+
+
+def test_folder_of_images(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    train, _ = data.load_train("cpu")
+    test = data.load_test("cpu")
+    assert train.dataset == "my images" and train.classes == ("dark", "grey", "light")
+    assert train.images.shape == (36, 36, 36, 3) and test.images.shape == (12, 32, 32, 3)
+    means = [train.images[train.labels == label].float().mean().item() for label in range(3)]
+    assert means == pytest.approx([40, 120, 200], abs=3)
+
+    # The second time the decoded images are read, unless a file has changed.
+    def unreadable(_):
+        raise AssertionError("decoded again")
+
+    decode = data._read_image
+    monkeypatch.setattr(data, "_read_image", unreadable)
+    again, _ = data.load_train("cpu")
+    assert torch.equal(again.images, train.images)
+    (folder / "train" / "dark" / "0.png").write_bytes((folder / "train" / "light" / "0.png").read_bytes())
+    with pytest.raises(AssertionError, match="decoded again"):
+        data.load_train("cpu")
+    monkeypatch.setattr(data, "_read_image", decode)
+    changed, _ = data.load_train("cpu")
+    assert not torch.equal(changed.images, train.images)
+    assert len(list((tmp_path / "data" / "decoded").glob("*-train-*"))) == 1  # the stale one is gone
+
+
+def test_a_damaged_cache_is_not_believed(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    train, _ = data.load_train("cpu")
+    (cache,) = (tmp_path / "data" / "decoded").iterdir()
+    whole = cache.read_bytes()
+    for damage in (b"", whole[:-100], b"\x80\x04\x95hello"):
+        cache.write_bytes(damage)
+        assert torch.equal(data.load_train("cpu")[0].images, train.images)
+    assert cache.read_bytes() == whole
+
+
+def break_nothing_there(root):
+    return root.parent / "elsewhere", "must be cifar10, synthetic or a folder"
+
+
+def break_no_test(root):
+    (root / "test").rename(root / "validation")
+    return root, "has no test/"
+
+
+def break_classes_differ(root):
+    (root / "test" / "dark").rename(root / "test" / "black")
+    return root, "same classes.*'black', 'dark'"
+
+
+def break_empty_class(root):
+    for file in (root / "train" / "dark").iterdir():
+        file.unlink()
+    return root, "dark"
+
+
+def break_no_classes(root):
+    for part in ("train", "test"):
+        for name in ("dark", "grey", "light"):
+            (root / part / name).rename(root / f"{part}-{name}")
+    return root, "one folder of images per class"
+
+
+def break_image(root):
+    (root / "train" / "dark" / "3.png").write_bytes(b"not an image")
+    return root, "3.png.*cannot be read"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [break_nothing_there, break_no_test, break_classes_differ, break_empty_class, break_no_classes, break_image],
+)
+def test_a_folder_that_is_no_dataset_is_named(damage, folder, tmp_path, monkeypatch):
+    dataset, message = damage(folder)
+    monkeypatch.setenv("DATASET", str(dataset))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    with pytest.raises(SystemExit, match=message):
+        data.load_train("cpu")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("HOLD_OUT", -1), ("HOLD_OUT", 191), ("HOLD_OUT", 0.5), ("SHIFT", 32), ("VIEW_SEED", "0")]
+)
+def test_constants_out_of_range_are_named(name, value, tiny, monkeypatch):
+    monkeypatch.setattr(data, name, value)
+    with pytest.raises(SystemExit, match=f"^{name} = {value!r} in data.py must be"):
+        data.load_train("cpu")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError):
+        data.write_whole(path, fail)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+    data.write_whole(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
