@@ -1,0 +1,359 @@
+"""The networks, and what every script does with one: device, optimizer, checkpoints, a run that survives its end."""
+
+import hashlib
+import math
+import os
+import pickle
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+from data import ImageSet, check, write_whole
+
+TEACHER_WIDTHS = (64, 256, 256)  # channels of the stages, each at half the resolution of the one before
+STUDENT_WIDTHS = (16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
+MOMENTUM = 0.9  # Nesterov's
+WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
+COMPILE = False  # torch.compile the network that is trained: pays in long runs, needs a C++ compiler
+CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
+
+SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}  # who makes which
+
+
+# Networks: anything that maps [B, 3, 32, 32] to [B, classes] can be returned by teacher() or student() ---------------
+
+
+def teacher(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
+    """The high-capacity network; widths are given when it is rebuilt from a checkpoint."""
+    return ConvNet(classes, widths or _checked("TEACHER_WIDTHS", TEACHER_WIDTHS))
+
+
+def student(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
+    """The lightweight network, the same whether it learns alone or from a teacher."""
+    return ConvNet(classes, widths or _checked("STUDENT_WIDTHS", STUDENT_WIDTHS))
+
+
+class ConvNet(nn.Module):
+    """Maps images [B, 3, 32, 32] to logits [B, classes], in the shape of airbench94 (Jordan 2024, arXiv:2404.00498).
+
+    A stem looks at patches of 2x2 pixels; each stage halves the resolution and has two 3x3 convolutions; the maximum
+    of each feature over the picture decides.
+    """
+
+    def __init__(self, classes: int, widths: tuple[int, ...]):
+        super().__init__()
+        self.widths = tuple(widths)
+        stem_width = 24
+        self.stem = nn.Conv2d(3, stem_width, kernel_size=2)
+        self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip((stem_width, *widths), widths)))
+        self.head = nn.Linear(widths[-1], classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stages(F.relu(self.stem(images)))
+        return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 9  # small logits: gentle first steps
+
+
+class Stage(nn.Module):
+    """[B, inputs, H, W] to [B, outputs, H // 2, W // 2]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        nn.init.dirac_(self.conv1.weight[:inputs])  # both start by passing on what comes in; the rest is random
+        nn.init.dirac_(self.conv2.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = F.relu(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
+        return F.relu(self.norm2(self.conv2(features)))
+
+
+def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(widths, (tuple, list)) or not 1 <= len(widths) <= 4:
+        raise SystemExit(f"{name} = {widths!r} in models.py must be one to four numbers of channels.")
+    for width in widths:
+        check("models.py", name, width, int, 1)
+    return tuple(widths)
+
+
+def new_network(name: str, train: ImageSet, seed: int) -> nn.Module:
+    """A `teacher` or `student` on the images' device, with fresh weights that follow from the seed alone."""
+    torch.manual_seed(seed)
+    network = {"teacher": teacher, "student": student}[name](len(train.classes))
+    network.to(train.labels.device, memory_format=torch.channels_last)
+    if COMPILE:
+        network.compile()
+    return network
+
+
+# Device, precision, optimizer -----------------------------------------------------------------------------------------
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 for the matrix products on CUDA; nothing elsewhere, where it does not pay."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def make_optimizer(
+    network: nn.Module, learning_rate: float, weight_decay: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """SGD with Nesterov momentum, and its schedule: a straight line up to learning_rate, a straight line down to 0.
+
+    Weight decay acts on the weights of convolutions and linear layers, not on biases and normalisation.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
+    rise = max(1, round(WARM_UP * steps))
+    fall = max(1, steps - rise)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / fall)
+    )
+    return optimizer, schedule
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, split: ImageSet, epoch: int | None = None) -> Tensor:
+    """The network's logits, float32 [N, classes], in eval mode: for the images as they are, or for an epoch's views."""
+    device, training = split.labels.device, network.training
+    network.eval()
+    batch_size = 2000 if device.type == "cuda" else 250  # what fills a GPU, what fits a CPU's cache
+    with autocast(device):
+        logits = [network(images).float() for images, _, _ in data.batches(split, batch_size, epoch)]
+    network.train(training)
+    return torch.cat(logits)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows of logits [N, classes] whose largest entry is at the label [N]."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+# Files: tensors and plain values only, so that reading one executes nothing -------------------------------------------
+
+
+def checkpoint_path(dataset: str, name: str) -> Path:
+    """Where the checkpoint of that name, "teacher", "student" or "distilled", is kept."""
+    return checkpoint_folder(dataset) / f"{name}.pt"
+
+
+def checkpoint_folder(dataset: str) -> Path:
+    given = os.environ.get("CHECKPOINT_DIR")
+    return (Path(given) if given else Path(__file__).parent / CHECKPOINT_DIR) / dataset
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes content to path, whole or not at all."""
+    try:
+        write_whole(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
+        raise SystemExit(
+            f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere."
+        ) from None
+
+
+def read(path: Path) -> dict | None:
+    """What `save` wrote to path, on the CPU; None where the file is not one that it wrote."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float) -> Path:
+    """Saves all that it takes to rebuild the network, to use it and to know how it was trained."""
+    path = checkpoint_path(train.dataset, name)
+    content = {
+        "network": "teacher" if name == "teacher" else "student",
+        "widths": getattr(network, "widths", None),
+        "state_dict": network.state_dict(),
+        "dataset": train.dataset,
+        "classes": list(train.classes),
+        "mean": list(train.mean),
+        "std": list(train.std),
+        "recipe": recipe,
+        "seconds": seconds,
+    }
+    save(path, content)
+    return path
+
+
+def load_checkpoint(name: str, dataset: str, classes: tuple[str, ...], device: torch.device) -> tuple[nn.Module, dict]:
+    """The trained network of that name in eval mode, and all that its checkpoint says."""
+    path, script = checkpoint_path(dataset, name), SCRIPTS[name]
+    if not path.is_file():
+        raise SystemExit(f"There is no {path} yet: run python {script} first.")
+    checkpoint = read(path)
+    needed = {"network", "widths", "state_dict", "dataset", "classes", "mean", "std", "recipe"}
+    if checkpoint is None or not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
+        raise SystemExit(f"{path} is damaged or not a checkpoint of this project: delete it and run python {script}.")
+    if tuple(checkpoint["classes"]) != tuple(classes):
+        raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
+    make = {"teacher": teacher, "student": student}[checkpoint["network"]]
+    try:
+        network = make(len(classes), checkpoint["widths"]) if checkpoint["widths"] else make(len(classes))
+        network.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TypeError):
+        raise SystemExit(
+            f"{path} holds another network than {make.__name__}() in models.py makes: "
+            f"change that back, or run python {script} again."
+        ) from None
+    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def fingerprint(network: nn.Module, *tensors: Tensor) -> str:
+    """64 hexadecimal digits that follow from the network's layers and weights and from the tensors."""
+    digest = hashlib.sha256(repr(network).encode())
+    for tensor in (*network.state_dict().values(), *tensors):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+# Training: what all three loops need and nobody comes to read ---------------------------------------------------------
+
+LIMITS = {  # constant: its type, the least and the most it may be
+    "SEED": (int, 0, 2**63 - 1),
+    "EPOCHS": (int, 1),
+    "BATCH_SIZE": (int, 1),
+    "LEARNING_RATE": (float, 0),
+    "WEIGHT_DECAY": (float, 0),
+    "TEMPERATURE": (float, 0),
+    "KD_WEIGHT": (float, 0, 1),
+}
+ABOVE_ZERO = {"LEARNING_RATE", "TEMPERATURE"}
+
+
+def make_recipe(file: str, **constants) -> dict:
+    """The constants of a training script, checked, with the others that decide what the training does."""
+    for name, value in constants.items():
+        check(Path(file).name, name, value, *LIMITS[name], open_low=name in ABOVE_ZERO)
+    check("models.py", "MOMENTUM", MOMENTUM, float, 0, 1, open_low=True)
+    check("models.py", "WARM_UP", WARM_UP, float, 0, 1)
+    shared = {"MOMENTUM": MOMENTUM, "WARM_UP": WARM_UP}
+    return constants | shared | {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
+
+
+class Run:
+    """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
+
+    The progress is saved after every epoch; a run that was killed continues there and ends in the same weights.
+    """
+
+    def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
+        self.name, self.network, self.optimizer, self.schedule = name, network, optimizer, schedule
+        self.recipe, self.train, self.hold_out = recipe, train, hold_out
+        self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
+        self.first, self.seconds = 0, 0.0
+        if recipe["BATCH_SIZE"] > len(train):
+            raise SystemExit(
+                f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} must be at most {len(train)}, "
+                f"the number of training images."
+            )
+        self._continue()
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        print(
+            f"{name}: {parameters:,} parameters, {len(train):,} images of {train.dataset}, {train.labels.device.type}",
+            flush=True,
+        )
+
+    def epochs(self) -> Iterator[int]:
+        """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
+        for epoch in range(self.first, self.recipe["EPOCHS"]):
+            started = time.perf_counter()
+            self.epoch = epoch
+            self.network.train()
+            yield epoch
+            self.seconds += time.perf_counter() - started
+            self._end_epoch()
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """Yields the batches, with a bar that shows what `record` is told where the output is a terminal."""
+        self.loss = torch.zeros((), device=self.train.labels.device)
+        self.right, self.seen = torch.zeros_like(self.loss, dtype=torch.int64), 0
+        started = time.perf_counter()
+        title = f"epoch {self.epoch + 1}/{self.recipe['EPOCHS']}"
+        with tqdm(total=len(self.train), desc=title, unit=" images", disable=None, leave=False) as bar:
+            for batch in batches:
+                yield batch
+                if bar.update(self.seen - bar.n):  # true where it is time to draw; only then is the device waited for
+                    bar.set_postfix(self._figures(), refresh=False)
+        self.mean_loss = self.loss.item() / self.seen  # waits for the device, so the time is all of the epoch's
+        self.images_per_second = self.seen / (time.perf_counter() - started)
+
+    @torch.no_grad()
+    def record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the epoch's loss and accuracy, without waiting for the device."""
+        self.loss += loss.detach() * len(labels)
+        self.right += (logits.argmax(1) == labels).sum()
+        self.seen += len(labels)
+
+    def save(self) -> None:
+        """Saves the checkpoint and removes the progress."""
+        path = save_checkpoint(self.name, self.network, self.train, self.recipe, self.seconds)
+        self.progress_path.unlink(missing_ok=True)
+        print(f"Saved {path} after {self.seconds:.0f} s of training.", flush=True)
+
+    def _figures(self) -> dict[str, str]:
+        return {
+            "loss": f"{self.loss.item() / self.seen:.3f}",
+            "accuracy": f"{100 * self.right.item() / self.seen:.1f} %",
+        }
+
+    def _end_epoch(self) -> None:
+        epochs = self.recipe["EPOCHS"]
+        if not math.isfinite(self.mean_loss):
+            raise SystemExit(
+                f"The loss is no longer finite in epoch {self.epoch + 1}: "
+                f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]} is probably too high."
+            )
+        figures = self._figures()
+        if self.hold_out:
+            figures["hold-out"] = f"{100 * accuracy(predict(self.network, self.hold_out), self.hold_out.labels):.2f} %"
+        told = ", ".join(f"{name} {value}" for name, value in figures.items())
+        print(f"epoch {self.epoch + 1:3}/{epochs}: {told}, {self.images_per_second:,.0f} images/s", flush=True)
+        if self.epoch + 1 < epochs:
+            progress = {name: part.state_dict() for name, part in self._parts().items()}
+            state = {"epoch": self.epoch + 1, "seconds": self.seconds, "random": torch.get_rng_state()}
+            save(self.progress_path, progress | state | self._identity())
+
+    def _continue(self) -> None:
+        if not self.progress_path.is_file():
+            return
+        progress = read(self.progress_path)
+        identity = self._identity()
+        if progress is None or any(progress.get(name) != value for name, value in identity.items()):
+            print(f"The unfinished run in {self.progress_path} had other constants or is damaged: starting afresh.")
+            return
+        for name, part in self._parts().items():
+            part.load_state_dict(progress[name])
+        torch.set_rng_state(progress["random"])
+        self.first, self.seconds = progress["epoch"], progress["seconds"]
+        print(f"Continuing the unfinished run after epoch {self.first} of {self.recipe['EPOCHS']}.")
+
+    def _parts(self) -> dict:
+        return {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def _identity(self) -> dict:
+        train = self.train
+        return {"recipe": self.recipe, "dataset": train.dataset, "classes": list(train.classes), "images": len(train)}
