@@ -11,7 +11,7 @@ import os
 import socket
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,7 @@ def batches(
     if epoch is not None:
         drawn = draw_views(epoch, int(split.index.max()) + 1)
         down, right, mirrored = (part.to(device)[split.index] for part in drawn)
+    scale, offset = normalisation(split)
     order = torch.arange(count, device=device)
     if seed is not None:
         order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch or 0]).permutation(count)).to(device)
@@ -117,7 +118,7 @@ def batches(
         images = crops[positions, down[positions], right[positions]]
         if epoch is not None:
             images = torch.where(mirrored[positions, None, None, None], images.flip(2), images)
-        yield normalise(images, split.mean, split.std), split.labels[positions], positions
+        yield normalise(images, scale, offset), split.labels[positions], positions
 
 
 def batch_count(images: int, batch_size: int) -> int:
@@ -137,14 +138,19 @@ def draw_views(epoch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(down), torch.tensor(right), torch.tensor((first + epoch) % 2 == 1)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels-last in memory: (x / 255 - mean) / std in each channel."""
-    width, device = images.shape[2], images.device
-    std = torch.tensor(std, device=device)
-    scale = (1 / (255 * std)).repeat(width)  # a whole row at a time: ten times as fast as three channels at a time
-    offset = (-torch.tensor(mean, device=device) / std).repeat(width)
+def normalise(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels-last in memory: images * scale + offset.
+
+    scale, offset: float32 [W * 3], see `normalisation`. A row at a time is ten times as fast as a pixel at a time.
+    """
     rows = images.flatten(2).float()
     return rows.mul_(scale).add_(offset).view(images.shape).permute(0, 3, 1, 2)
+
+
+def normalisation(split: ImageSet) -> tuple[Tensor, Tensor]:
+    """What `normalise` needs to make (image / 255 - mean) / std of the split's images, on their device."""
+    mean, std = torch.tensor([split.mean, split.std], device=split.images.device)
+    return (1 / (255 * std)).repeat(SIZE), (-mean / std).repeat(SIZE)
 
 
 def add_border(images: np.ndarray, border: int) -> np.ndarray:
@@ -239,9 +245,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     try:
         folder = ImageFolder(root / split)
     except FileNotFoundError as error:
-        raise SystemExit(
-            f"The folder {root / split} (DATASET) needs one folder of images per class: {error}."
-        ) from None
+        raise SystemExit(f"{root / split} (DATASET) must hold one folder of images per class: {error}.") from None
 
     # Kept under what the decoded images depend on: each file's name, size and time of change.
     listing = [(path, *_size_and_time(path)) for path, _ in folder.samples]

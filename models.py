@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.stages(F.relu(self.stem(images)))
+        features = self.stages(F.relu_(self.stem(images)))  # in place: less memory to pass over
         return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 9  # small logits: gentle first steps
 
 
@@ -72,8 +73,8 @@ class Stage(nn.Module):
         nn.init.dirac_(self.conv2.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        features = F.relu(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
-        return F.relu(self.norm2(self.conv2(features)))
+        features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
+        return F.relu_(self.norm2(self.conv2(features)))
 
 
 def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -222,12 +223,12 @@ def load_checkpoint(name: str, dataset: str, classes: tuple[str, ...], device: t
 
 
 def fingerprint(network: nn.Module, *tensors: Tensor) -> str:
-    """64 hexadecimal digits that follow from the network's layers and weights and from the tensors."""
+    """32 hexadecimal digits that follow from the network's layers and weights and from the tensors."""
     digest = hashlib.sha256(repr(network).encode())
     for tensor in (*network.state_dict().values(), *tensors):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 # Training: what all three loops need and nobody comes to read ---------------------------------------------------------
@@ -264,13 +265,14 @@ class Run:
         self.name, self.network, self.optimizer, self.schedule = name, network, optimizer, schedule
         self.recipe, self.train, self.hold_out = recipe, train, hold_out
         self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
-        self.first, self.seconds = 0, 0.0
+        self.first, self.epoch, self.seconds = 0, 0, 0.0
         if recipe["BATCH_SIZE"] > len(train):
             raise SystemExit(
                 f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} must be at most {len(train)}, "
                 f"the number of training images."
             )
         self._continue()
+        sys.excepthook = self._excepthook
         parameters = sum(parameter.numel() for parameter in network.parameters())
         print(
             f"{name}: {parameters:,} parameters, {len(train):,} images of {train.dataset}, {train.labels.device.type}",
@@ -313,6 +315,13 @@ class Run:
         path = save_checkpoint(self.name, self.network, self.train, self.recipe, self.seconds)
         self.progress_path.unlink(missing_ok=True)
         print(f"Saved {path} after {self.seconds:.0f} s of training.", flush=True)
+
+    def _excepthook(self, kind, error, trace) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            where = f"after epoch {self.epoch}" if self.epoch else "from the start"
+            print(f"\nInterrupted. Run python {SCRIPTS[self.name]} again to continue {where}.", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
 
     def _figures(self) -> dict[str, str]:
         return {

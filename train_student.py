@@ -1,0 +1,50 @@
+"""Trains the student alone, on the labels: the baseline that distillation has to beat.
+
+    python train_student.py
+
+distill.py trains the same student in the same way but for the loss: compare the two files.
+"""
+
+import torch.nn.functional as F
+
+import data
+import models
+
+SEED = 0  # of the initial weights and the order of the images
+EPOCHS = 10  # passes over the training images
+BATCH_SIZE = 125  # images per step
+LEARNING_RATE = 0.2  # at its peak
+WEIGHT_DECAY = 5e-4  # on the weights of convolutions and linear layers
+
+
+def main() -> None:
+    recipe = models.make_recipe(
+        __file__,
+        SEED=SEED,
+        EPOCHS=EPOCHS,
+        BATCH_SIZE=BATCH_SIZE,
+        LEARNING_RATE=LEARNING_RATE,
+        WEIGHT_DECAY=WEIGHT_DECAY,
+    )
+    device = models.best_device()
+    train, hold_out = data.load_train(device)
+    student = models.new_network("student", train, SEED)
+    steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
+    optimizer, schedule = models.make_optimizer(student, LEARNING_RATE, WEIGHT_DECAY, steps)
+    run = models.Run("student", student, optimizer, schedule, recipe, train, hold_out)
+
+    for epoch in run.epochs():
+        for images, labels, _ in run.watch(data.batches(train, BATCH_SIZE, epoch, SEED)):
+            with models.autocast(device):
+                logits = student(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            run.record(loss, logits, labels)
+    run.save()
+
+
+if __name__ == "__main__":
+    main()
