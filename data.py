@@ -303,12 +303,12 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     labels = np.arange(count) % 10
     petals, outlined = 3 + labels // 2, labels % 2 == 1
     grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
-    x = grid[None, None, :] - draw(-6, 6, 1, 1)
-    y = grid[None, :, None] - draw(-6, 6, 1, 1)
-    turn, squeeze = draw(0, 2 * np.pi, 1, 1), draw(0.75, 1.33, 1, 1)
+    x = grid[None, None, :] - draw(-5, 5, 1, 1)
+    y = grid[None, :, None] - draw(-5, 5, 1, 1)
+    turn, squeeze = draw(0, 2 * np.pi, 1, 1), draw(0.83, 1.2, 1, 1)
     x, y = (x * np.cos(turn) - y * np.sin(turn)) * squeeze, (x * np.sin(turn) + y * np.cos(turn)) / squeeze
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    edge = draw(7, 12, 1, 1) * (1 + draw(0.12, 0.35, 1, 1) * np.cos(petals[:, None, None] * angle + draw(0, 6.3, 1, 1)))
+    edge = draw(7, 12, 1, 1) * (1 + draw(0.1, 0.35, 1, 1) * np.cos(petals[:, None, None] * angle + draw(0, 6.3, 1, 1)))
     inside = edge - radius  # pixels from the outline, positive within
     shape = np.where(outlined[:, None, None], 1.5 - np.abs(inside - 1.5), inside)
     cover = np.clip(shape + 0.5, 0, 1)[..., None]
@@ -318,10 +318,12 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         waves = np.zeros((count, SIZE, SIZE, 3), np.float32)
         for _ in range(2):
             across = draw(-0.6, 0.6, 1, 1) * grid[None, None, :] + draw(-0.6, 0.6, 1, 1) * grid[None, :, None]
-            waves += draw(-0.25, 0.25, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
+            waves += draw(-0.2, 0.2, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
         return waves
 
-    images = (1 - cover) * (draw(0.2, 0.8, 1, 1, 3) + texture()) + cover * (draw(0.2, 0.8, 1, 1, 3) + texture())
+    ground = draw(0.2, 0.8, 1, 1, 3)
+    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.4, 1, 1, 3)  # lighter or darker, in each channel
+    images = (1 - cover) * (ground + texture()) + cover * (flower + texture())
     images += rng.normal(0, 0.06, images.shape).astype(np.float32)
     names = [f"{number}-petals-{form}" for number in range(3, 8) for form in ("filled", "outlined")]
     return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names

@@ -146,7 +146,7 @@ def predict(network: nn.Module, split: ImageSet, epoch: int | None = None) -> Te
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows of logits [N, classes] whose largest entry is at the label [N]."""
-    return (logits.argmax(1) == labels).float().mean().item()
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
 # Files: tensors and plain values only, so that reading one executes nothing -------------------------------------------
