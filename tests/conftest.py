@@ -54,16 +54,21 @@ class Copy:
             assert count == 1, f"{file} assigns {name} {count} times at the start of a line"
         path.write_text(text, encoding="utf-8")
 
-    def run(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def start(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
         inherited = {k: v for k, v in os.environ.items() if k not in ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")}
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, str(self.folder / script)],
             cwd=cwd or self.folder,
             env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
-            timeout=120,
         )
+
+    def run(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+        with self.start(script, cwd, **environment) as running:
+            out, told = running.communicate(timeout=120)
+        return subprocess.CompletedProcess(running.args, running.returncode, out, told)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_evaluation_batches_are_plain_and_in_order():
 
 def test_a_training_set_shown_plainly_loses_its_border():
     images, split = image_set()
-    assert torch.equal(by_position(split, 8), data.normalise(images, split.mean, split.std))
+    assert torch.equal(by_position(split, 8), data.normalise(images, *data.normalisation(split)))
 
 
 def test_batches_are_channels_last_nearly_equal_and_reordered_every_epoch():
@@ -207,7 +207,7 @@ def break_no_classes(root):
     for part in ("train", "test"):
         for name in ("dark", "grey", "light"):
             (root / part / name).rename(root / f"{part}-{name}")
-    return root, "one folder of images per class"
+    return root, "must hold one folder of images per class"
 
 
 def break_image(root):

@@ -1,0 +1,257 @@
+"""Measures where the time goes, on the device that is there, and prints a table.
+
+    DATASET=synthetic python tests/benchmark.py
+
+Not a test: it asserts nothing, and pytest does not collect it. Medians, of things measured in turn where they are
+compared. DATASET is as everywhere; a set of 50,000 images takes about ten minutes on two cores.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import distill
+import evaluate
+import models
+import train_student
+import train_teacher
+
+DEVICE = models.best_device()
+
+# Runs a script as `python script.py` does, ends it after 30 steps, and tells the seconds to the first and the memory.
+START = """
+import time
+started = time.time()
+import resource, sys, torch, models, {script}
+record, steps = models.Run.record, []
+def counted(run, *arguments):
+    record(run, *arguments)
+    steps.append(time.time() - started)
+    if len(steps) == 30:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print("measured", steps[0], torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory)
+        sys.exit()
+models.Run.record = counted
+{script}.main()
+"""
+
+
+class OneByOne(Dataset):
+    """The usual way: one image at a time through torchvision's transforms."""
+
+    def __init__(self, split: data.ImageSet, count: int):
+        inner = slice(data.SHIFT, data.SHIFT + data.SIZE)
+        self.images = [transforms.functional.to_pil_image(x.cpu().numpy()) for x in split.images[:count, inner, inner]]
+        self.labels = split.labels[:count].tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(data.SIZE, padding=data.SHIFT, padding_mode="reflect"),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(split.mean, split.std),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, number):
+        return self.transform(self.images[number]), self.labels[number]
+
+
+def seconds(function) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def medians(*functions, repeats: int) -> list[float]:
+    """The median seconds of each function; they run in turn, after a round that warms up."""
+    rounds = [[seconds(function) for function in functions] for _ in range(repeats + 1)]
+    return [statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def row(what: str, value: float, unit: str, remark: str = "") -> None:
+    print(f"{what:52}{value:12,.{0 if value >= 100 else 2}f} {unit:10}{remark}", flush=True)
+
+
+def peak_rate() -> float:
+    """Multiply-accumulates a second in a large matrix product, in the precision that training uses."""
+    size, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (2048, torch.float32)
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    return size**3 / medians(lambda: left @ right, repeats=9)[0]
+
+
+def batches(train: data.ImageSet, script, limit: int | None = None):
+    for number, batch in enumerate(data.batches(train, script.BATCH_SIZE, 0, 0)):
+        if number == limit:
+            return
+        yield batch
+
+
+def measure_batches(train: data.ImageSet) -> None:
+    def ours():
+        for _ in batches(train, train_student):
+            pass
+
+    def usual(loader):
+        for _ in loader:
+            pass
+
+    row("views, gathered from one tensor", len(train) / medians(ours, repeats=3)[0], "images/s")
+    images = OneByOne(train, 5000)
+    for workers in (0, 2):
+        loader = DataLoader(images, train_student.BATCH_SIZE, shuffle=True, num_workers=workers)
+        taken = medians(lambda loader=loader: usual(loader), repeats=1)[0]
+        row(f"DataLoader and transforms, {workers} workers", len(images) / taken, "images/s")
+
+
+def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: int) -> None:
+    """The loop of the scripts beside the bare one: forward, backward and step on one fixed batch of the same shape."""
+    network = models.new_network(name, train, 0)
+    optimizer, schedule = models.make_optimizer(network, 1e-3, 0.0, 10**6)
+    recipe = {"BATCH_SIZE": script.BATCH_SIZE, "EPOCHS": 1}
+    run = models.Run(name, network, optimizer, schedule, recipe, train, None)
+    run.epoch = 0
+    fixed = next(batches(train, script))
+
+    def step(images, labels):
+        with models.autocast(DEVICE):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss, logits
+
+    def whole():
+        for images, labels, _ in run.watch(batches(train, script, steps)):
+            loss, logits = step(images, labels)
+            schedule.step()
+            run.record(loss, logits, labels)
+
+    def bare():
+        for _ in range(steps):
+            step(fixed[0], fixed[1])
+
+    network.train()
+    in_whole, in_bare = medians(whole, bare, repeats=5)
+    images = min(steps * script.BATCH_SIZE, len(train))
+    macs = 3 * evaluate.multiply_accumulates(network.eval(), fixed[0][:1])  # once forward, twice backward
+    row(f"{name}: training, the script's loop", images / in_whole, "images/s")
+    share = 100 * macs * images / in_bare / peak
+    row(f"{name}: training, the bare loop", images / in_bare, "images/s", f"{share:.0f} % of the peak")
+    row(f"{name}: the loop's own share of the time", 100 * (1 - in_bare / in_whole), "%")
+
+    network.train().compile()
+    try:
+        in_compiled = medians(bare, repeats=5)[0]
+        row(f"{name}: training, the bare loop, COMPILE = True", images / in_compiled, "images/s")
+    except (RuntimeError, OSError) as error:  # no compiler, mostly
+        print(f"{name}: torch.compile does not work here: {str(error).splitlines()[0]}")
+
+
+def measure_answers(train: data.ImageSet) -> None:
+    teacher = models.new_network("teacher", train, 0).eval()
+    some = replace(train, images=train.images[:5000], labels=train.labels[:5000], index=train.index[:5000])
+
+    @torch.no_grad()
+    def plain():
+        with models.autocast(DEVICE):
+            for images, *_ in data.batches(some, train_student.BATCH_SIZE, 0):
+                teacher(images)
+
+    ours, usual = medians(lambda: models.predict(teacher, some, 0), plain, repeats=3)
+    row("teacher: its answers to an epoch's views", len(some) / ours, "images/s")
+    row("teacher: no_grad, training batches", len(some) / usual, "images/s")
+
+
+def measure_epochs(train: data.ImageSet) -> None:
+    """Whole scripts, for one epoch, with an untrained teacher: wrong answers cost what right ones do."""
+    models.save_checkpoint("teacher", models.new_network("teacher", train, 0), train, {}, 0.0)
+    train_student.EPOCHS = distill.EPOCHS = 1
+    told = []
+    models.Run.save = lambda run: told.append(run.seconds)
+    distill.KEEP_ANSWERS = True
+
+    def epoch(script):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            out, sys.stdout = sys.stdout, nowhere
+            try:
+                script.main()
+            finally:
+                sys.stdout = out
+        return told[-1]
+
+    load = data.load_train
+    data.load_train = lambda device: (train, None)
+    pass_seconds = seconds(lambda: models.predict(models.new_network("teacher", train, 0), train, 0))
+    epoch(distill)  # computes the answers and keeps them
+    pairs = [(epoch(train_student), epoch(distill)) for _ in range(3)]
+    alone, kept = (statistics.median(times) for times in zip(*pairs))
+    row("epoch of train_student.py", alone, "s")
+    row("epoch of distill.py, answers kept", kept, "s", f"{statistics.median(b / a for a, b in pairs):.2f} times")
+    row("epoch of distill.py, no answers kept", kept + pass_seconds, "s", "the teacher's pass added")
+
+    quarter = len(train) // 4
+    few = replace(train, images=train.images[:quarter], labels=train.labels[:quarter], index=train.index[:quarter])
+    data.load_train = lambda device: (few, None)
+    part = statistics.median(epoch(train_student) for _ in range(3))
+    row(f"epoch of train_student.py, {quarter:,} images", part, "s", f"{alone / part:.2f} times less")
+    data.load_train = load
+
+
+def measure_start() -> None:
+    for script in ("train_teacher", "train_student", "distill"):
+        taken, memory = [], 0.0
+        for _ in range(3):
+            started = subprocess.run(
+                [sys.executable, "-c", START.format(script=script)],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                encoding="utf-8",
+                check=True,
+            )
+            first, memory = (float(word) for word in started.stdout.split("measured ")[1].split())
+            taken.append(first)
+        row(f"{script}.py: to the first step", statistics.median(taken), "s", f"peak memory {memory:.2f} GiB")
+
+
+def main() -> None:
+    processor = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CHECKPOINT_DIR"] = folder
+        train, _ = data.load_train(DEVICE)
+        print(f"{len(train):,} images of {train.dataset}\n")
+        peak = peak_rate()
+        row("matrix product, the peak", 2 * peak / 1e9, "GFLOP/s")
+        measure_batches(train)
+        measure_steps("teacher", train_teacher, train, peak, steps=10)
+        measure_steps("student", train_student, train, peak, steps=30)
+        measure_answers(train)
+        measure_epochs(train)
+        measure_start()
+
+
+if __name__ == "__main__":
+    main()

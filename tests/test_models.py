@@ -1,0 +1,225 @@
+"""models.py: networks, optimizer, prediction, checkpoints, runs."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import distill
+import evaluate
+import models
+import train_student
+import train_teacher
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_student_is_a_tenth_of_the_teacher_at_most():
+    teacher, student = models.teacher(10), models.student(10)
+    parameters = [sum(p.numel() for p in network.parameters()) for network in (teacher, student)]
+    macs = [evaluate.multiply_accumulates(network.eval(), torch.zeros(1, 3, 32, 32)) for network in (teacher, student)]
+    assert 10 * parameters[1] <= parameters[0] and 10 * macs[1] <= macs[0]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_any_number_of_classes(classes):
+    assert models.student(classes)(torch.zeros(4, 3, 32, 32)).shape == (4, classes)
+
+
+def test_initial_weights_follow_from_the_seed(tiny):
+    train, _ = data.load_train("cpu")
+    states = [models.new_network("student", train, seed).state_dict() for seed in (1, 1, 2)]
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+def test_the_schedule_rises_to_the_learning_rate_and_falls_to_zero():
+    for steps in (1, 2, 3, 10, 1000):
+        optimizer, schedule = models.make_optimizer(nn.Linear(3, 2), 0.5, 1e-3, steps)
+        rates = []
+        for _ in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert 0 < min(rates) and max(rates) <= 0.5
+        peak = rates.index(max(rates))
+        assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
+        assert schedule.get_last_lr()[0] == pytest.approx(0)
+    assert max(rates) == pytest.approx(0.5) and peak == pytest.approx(200, abs=1)
+
+
+def test_weight_decay_spares_biases_and_normalisation():
+    network = models.student(10)
+    optimizer, _ = models.make_optimizer(network, 0.1, 0.01, 10)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
+def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(tiny):
+    train, _ = data.load_train("cpu")
+    network = models.new_network("student", train, 0).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    logits = models.predict(network, train)
+    assert network.training and same(network.state_dict(), before)
+    images = torch.cat([images for images, *_ in data.batches(train, 50)])
+    with torch.no_grad():
+        assert torch.allclose(network.eval()(images), logits, atol=1e-5)
+
+
+def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch):
+    train_student.main()
+    train, _ = data.load_train("cpu")
+    content = torch.load(tiny / "student.pt", weights_only=True)
+    assert {"network", "state_dict", "recipe", "dataset", "classes"} <= content.keys()
+    assert content["recipe"]["EPOCHS"] == 2 and content["classes"] == list(train.classes)
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (64, 64, 64))  # edited since
+    network, _ = models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    assert network.widths == (4, 6, 8) and not network.training
+    assert same(network.state_dict(), content["state_dict"])
+
+
+def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
+    def own(classes):
+        return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(256, classes))
+
+    monkeypatch.setattr(models, "student", own)
+    train_student.main()
+    train, _ = data.load_train("cpu")
+    network, _ = models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    assert isinstance(network, nn.Sequential)
+    monkeypatch.undo()
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
+    with pytest.raises(SystemExit, match="student.pt holds another network than student\\(\\) in models.py makes"):
+        models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "hostile", "truncated", "foreign"])
+def test_a_file_that_is_no_checkpoint_is_named_and_not_executed(kind, tiny, tmp_path, monkeypatch):
+    train_student.main()
+    path = tiny / "student.pt"
+    if kind == "hostile":
+        torch.save({"state_dict": Hostile()}, path)
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": path.read_bytes()[:-1000]}[kind])
+    monkeypatch.chdir(tmp_path)
+    train, _ = data.load_train("cpu")
+    with pytest.raises(SystemExit, match="student.pt is damaged or not a checkpoint.*train_student.py"):
+        models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_hostile_file_would_work_if_it_were_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Hostile()))
+    assert (tmp_path / "executed").exists()
+
+
+def test_other_classes_are_refused(tiny):
+    train_student.main()
+    with pytest.raises(SystemExit, match="other classes.*train_student.py"):
+        models.load_checkpoint("student", "synthetic", ("cat", "dog"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("script", [train_teacher, train_student, distill])
+def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, capsys):
+    name = next(name for name, file in models.SCRIPTS.items() if script.__file__.endswith(file))
+    if script is distill:
+        train_teacher.main()
+    monkeypatch.setattr(script, "EPOCHS", 3)
+    script.main()
+    undisturbed = weights(tiny / f"{name}.pt")
+    record = models.Run.record
+    for steps in (3, 9, 10):  # of seven an epoch: in the first epoch, in the second, and, continued there, in the third
+        left = iter(range(steps))
+
+        def interrupted(run, *arguments, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            record(run, *arguments)
+
+        monkeypatch.setattr(models.Run, "record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.main()
+    assert same(weights(tiny / f"{name}.pt"), undisturbed)  # the checkpoint of the run before is still there
+    (tiny / f"{name}.pt").unlink()
+    monkeypatch.setattr(models.Run, "record", record)
+    capsys.readouterr()
+    script.main()
+    assert "Continuing the unfinished run after epoch 2 of 3." in capsys.readouterr().out
+    assert same(weights(tiny / f"{name}.pt"), undisturbed)
+    assert not (tiny / f"{name}.progress.pt").exists()
+
+
+def test_an_unfinished_run_with_other_constants_is_not_continued(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.01)
+    train_student.main()
+    expected = weights(tiny / "student.pt")
+    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.1)
+    save = models.Run.save
+    monkeypatch.setattr(models.Run, "save", lambda run: None)  # leaves the progress of the first epoch
+    train_student.main()
+    assert (tiny / "student.progress.pt").exists()
+    monkeypatch.setattr(models.Run, "save", save)
+    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.01)
+    capsys.readouterr()
+    train_student.main()
+    assert "other constants or is damaged: starting afresh" in capsys.readouterr().out
+    assert same(weights(tiny / "student.pt"), expected)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, monkeypatch):
+    train_student.main()
+    before = (tiny / "student.pt").read_bytes()
+    monkeypatch.setattr(train_student, "LEARNING_RATE", 1e30)
+    with pytest.raises(SystemExit, match="no longer finite in epoch 1: LEARNING_RATE = 1e\\+30 in train_student.py"):
+        train_student.main()
+    assert (tiny / "student.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "script, name, value",
+    [
+        (train_teacher, "EPOCHS", 0),
+        (train_teacher, "EPOCHS", 1.5),
+        (train_student, "SEED", -1),
+        (train_student, "BATCH_SIZE", 201),
+        (train_student, "LEARNING_RATE", 0),
+        (train_student, "LEARNING_RATE", float("nan")),
+        (distill, "WEIGHT_DECAY", -1e-3),
+        (distill, "TEMPERATURE", 0),
+        (distill, "TEMPERATURE", float("inf")),
+        (distill, "KD_WEIGHT", 1.01),
+        (distill, "KD_WEIGHT", True),
+        (distill, "KD_WEIGHT", "0.9"),
+    ],
+)
+def test_constants_out_of_range_are_named(script, name, value, tiny, monkeypatch):
+    if script is distill:
+        train_teacher.main()
+    monkeypatch.setattr(script, name, value)
+    file = os.path.basename(script.__file__)
+    with pytest.raises(SystemExit, match=f"^{name} = {value!r} in {file} must be"):
+        script.main()
+
+
+@pytest.mark.parametrize("widths", [(), (8, 0), (8, 1.5), 8, (8,) * 5])
+def test_widths_that_make_no_network_are_named(widths, monkeypatch):
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
+    with pytest.raises(SystemExit, match="^STUDENT_WIDTHS = .* in models.py must be"):
+        models.student(10)

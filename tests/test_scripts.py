@@ -1,0 +1,132 @@
+"""The scripts as a user runs them: in a copy, in sequence, with constants edited at the top of the files."""
+
+import ast
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+SEQUENCE = ("train_teacher.py", "train_student.py", "distill.py", "evaluate.py")
+
+
+def test_the_sequence(copy):
+    copy.edit("distill.py", TEMPERATURE=2.0, KD_WEIGHT=0.5)
+    for script in SEQUENCE:
+        done = copy.run(script)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((copy.folder / "checkpoints" / "synthetic" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "student", "distilled"]
+    assert "distilled - student:" in done.stdout and "\x1b" not in done.stdout
+    made = sorted(path.name for path in (copy.folder / "checkpoints" / "synthetic").iterdir())
+    assert made == ["answers", "distilled.pt", "results.json", "student.pt", "teacher.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+def test_interrupted_and_killed_runs_end_in_the_same_checkpoint(copy):
+    copy.edit("train_student.py", EPOCHS=40)
+    folder = copy.folder / "checkpoints" / "synthetic"
+    assert copy.run("train_student.py").returncode == 0
+    undisturbed = torch.load(folder / "student.pt")["state_dict"]
+    (folder / "student.pt").unlink()
+    for number, sent in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGINT)):
+        running = copy.start("train_student.py")
+        lines = []
+        while len(lines) < 6:  # some of the epochs, wherever they started
+            lines.append(running.stdout.readline())
+            assert lines[-1], running.stderr.read()
+        running.send_signal(sent)
+        _, told = running.communicate(timeout=60)
+        assert any("Continuing the unfinished run" in line for line in lines) == (number > 0)
+        assert running.returncode != 0 and not (folder / "student.pt").exists()
+        if sent == signal.SIGINT:
+            assert told.startswith("\nInterrupted. Run python train_student.py again to continue after epoch")
+            assert "Traceback" not in told
+    assert copy.run("train_student.py").returncode == 0
+    continued = torch.load(folder / "student.pt")["state_dict"]
+    assert all(torch.equal(continued[name], undisturbed[name]) for name in undisturbed)
+    assert not list(folder.glob("*progress*.pt"))
+
+
+def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
+    copy.edit("data.py", HOLD_OUT=40)
+    done = copy.run("train_student.py")
+    lines = done.stdout.splitlines()
+    assert done.stderr == "" and "\r" not in done.stdout
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 2 and len(lines) == 4
+    assert all("loss" in line and "accuracy" in line and "hold-out" in line and "images/s" in line for line in epochs)
+
+
+def test_a_folder_of_images_from_another_working_directory(copy, folder, tmp_path):
+    for script in SEQUENCE[:3]:
+        copy.edit(script, BATCH_SIZE=12)
+    for script in SEQUENCE:
+        done = copy.run(script, cwd=tmp_path, DATASET="my images", CHECKPOINT_DIR="elsewhere", DATA_DIR="cache")
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "elsewhere" / "my images" / "results.json").read_text())
+    assert results["dataset"] == "my images" and results["test_images"] == 12
+    assert not (copy.folder / "checkpoints").exists() and not (copy.folder / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "script, edits, message",
+    [
+        ("distill.py", {}, "teacher.pt yet: run python train_teacher.py first."),
+        ("evaluate.py", {}, "There is nothing to evaluate in"),
+        ("train_student.py", {"EPOCHS": -3}, "EPOCHS = -3 in train_student.py must be a whole number of at least 1."),
+        ("distill.py", {"KD_WEIGHT": 2}, "KD_WEIGHT = 2 in distill.py must be a number of at least 0 and at most 1."),
+        ("train_teacher.py", {"DATASET": "nowhere"}, "DATASET = 'nowhere' (data.py) must be cifar10, synthetic or"),
+    ],
+)
+def test_a_users_error_is_one_sentence(copy, script, edits, message):
+    for name, value in edits.items():
+        copy.edit("data.py" if name == "DATASET" else script, **{name: value})
+    done = copy.run(script)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_importing_does_no_work(tmp_path):
+    code = (
+        "import torch; before = torch.get_rng_state()\n"
+        "import data, models, train_teacher, train_student, distill, evaluate\n"
+        "assert torch.equal(before, torch.get_rng_state())\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_constant_is_assigned_once_at_column_0_with_a_reason():
+    shared = ["SEED", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY"]
+    for file, names in {
+        "data.py": ["DATASET", "DATA_DIR", "HOLD_OUT"],
+        "models.py": ["CHECKPOINT_DIR", "TEACHER_WIDTHS", "STUDENT_WIDTHS"],
+        "train_teacher.py": shared,
+        "train_student.py": shared,
+        "distill.py": [*shared, "TEMPERATURE", "KD_WEIGHT"],
+    }.items():
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        for name in names:
+            (line,) = [line for line in lines if line.startswith(f"{name} = ")]
+            value, reason = line.removeprefix(f"{name} = ").split("  # ")
+            ast.literal_eval(value)
+            assert reason
+
+
+def test_only_the_packages_of_the_requirements_are_imported():
+    required = {line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    own = {path.stem for path in ROOT.glob("*.py")}
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in required | own | set(sys.stdlib_module_names), f"{path.name}: {name}"
