@@ -178,9 +178,16 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 # Where the images come from -------------------------------------------------------------------------------------------
 
 
+def _dataset() -> str:
+    dataset = os.environ.get("DATASET") or DATASET
+    if not isinstance(dataset, str) or not dataset:
+        raise SystemExit(f"DATASET = {dataset!r} in data.py must be 'cifar10', 'synthetic' or the path of a folder.")
+    return dataset
+
+
 def dataset_name() -> str:
     """What the checkpoints' folder is called: the DATASET's own name, or the folder's."""
-    dataset = os.environ.get("DATASET") or DATASET
+    dataset = _dataset()
     if dataset in ("cifar10", "synthetic"):
         return dataset
     name = Path(dataset).resolve().name
@@ -189,7 +196,7 @@ def dataset_name() -> str:
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
-    dataset = os.environ.get("DATASET") or DATASET
+    dataset = _dataset()
     if dataset == "cifar10":
         images, labels, classes = _cifar10(split)
     elif dataset == "synthetic":

@@ -236,6 +236,14 @@ def test_constants_out_of_range_are_named(name, value, tiny, monkeypatch):
         data.load_train("cpu")
 
 
+@pytest.mark.parametrize("value", [None, "", 10])
+def test_a_dataset_that_is_no_text_is_named(value, monkeypatch):
+    monkeypatch.delenv("DATASET", raising=False)
+    monkeypatch.setattr(data, "DATASET", value)
+    with pytest.raises(SystemExit, match=f"^DATASET = {value!r} in data.py must be"):
+        data.load_train("cpu")
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
