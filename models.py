@@ -21,7 +21,7 @@ TEACHER_WIDTHS = (64, 256, 256)  # channels of the stages, each at half the reso
 STUDENT_WIDTHS = (16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # Nesterov's
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
-COMPILE = False  # torch.compile the network that is trained: pays in long runs, needs a C++ compiler
+COMPILE = False  # torch.compile the network that is trained; needs a C++ compiler, and does not always pay
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
 
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}  # who makes which
@@ -263,7 +263,8 @@ class Run:
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
         self.name, self.network, self.optimizer, self.schedule = name, network, optimizer, schedule
-        self.recipe, self.train, self.hold_out = recipe, train, hold_out
+        self.recipe = recipe | {"widths": getattr(network, "widths", None)}
+        self.train, self.hold_out = train, hold_out
         self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
         self.first, self.epoch, self.seconds = 0, 0, 0.0
         if recipe["BATCH_SIZE"] > len(train):
@@ -364,5 +365,10 @@ class Run:
         return {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
 
     def _identity(self) -> dict:
-        train = self.train
-        return {"recipe": self.recipe, "dataset": train.dataset, "classes": list(train.classes), "images": len(train)}
+        return {
+            "recipe": self.recipe,
+            "layers": repr(self.network),
+            "dataset": self.train.dataset,
+            "classes": list(self.train.classes),
+            "images": len(self.train),
+        }

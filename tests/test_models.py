@@ -166,17 +166,20 @@ def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, 
     assert not (tiny / f"{name}.progress.pt").exists()
 
 
-def test_an_unfinished_run_with_other_constants_is_not_continued(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.01)
+@pytest.mark.parametrize(
+    "module, name, value", [(train_student, "LEARNING_RATE", 0.1), (models, "STUDENT_WIDTHS", (4, 4))]
+)
+def test_an_unfinished_run_with_other_constants_is_not_continued(module, name, value, tiny, monkeypatch, capsys):
+    before = getattr(module, name)
     train_student.main()
     expected = weights(tiny / "student.pt")
-    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(module, name, value)
     save = models.Run.save
     monkeypatch.setattr(models.Run, "save", lambda run: None)  # leaves the progress of the first epoch
     train_student.main()
     assert (tiny / "student.progress.pt").exists()
     monkeypatch.setattr(models.Run, "save", save)
-    monkeypatch.setattr(train_student, "LEARNING_RATE", 0.01)
+    monkeypatch.setattr(module, name, before)
     capsys.readouterr()
     train_student.main()
     assert "other constants or is damaged: starting afresh" in capsys.readouterr().out
