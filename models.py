@@ -1,5 +1,6 @@
 """The networks, and what every script does with one: device, optimizer, checkpoints, a run that survives its end."""
 
+import copy
 import hashlib
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
@@ -135,13 +137,23 @@ def make_optimizer(
 @torch.inference_mode()
 def predict(network: nn.Module, split: ImageSet, epoch: int | None = None) -> Tensor:
     """The network's logits, float32 [N, classes], in eval mode: for the images as they are, or for an epoch's views."""
-    device, training = split.labels.device, network.training
-    network.eval()
-    batch_size = 2000 if device.type == "cuda" else 250  # what fills a GPU, what fits a CPU's cache
+    device = split.labels.device
+    network = fold(copy.deepcopy(network).eval())
+    batch_size = 2000 if device.type == "cuda" else 125  # what fills a GPU, what fits a CPU's cache
     with autocast(device):
-        logits = [network(images).float() for images, _, _ in data.batches(split, batch_size, epoch)]
-    network.train(training)
-    return torch.cat(logits)
+        return torch.cat([network(images).float() for images, _, _ in data.batches(split, batch_size, epoch)])
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """Moves the batch normalisations of every `Stage` into its convolutions, in place; for a network in eval mode.
+
+    The answers stay the same up to rounding, for one pass over memory less. Other layers are left as they are.
+    """
+    for stage in [module for module in network.modules() if isinstance(module, Stage)]:
+        stage.conv2, stage.norm2 = fuse_conv_bn_eval(stage.conv2, stage.norm2), nn.Identity()
+        if (stage.norm1.weight > 0).all():  # what does not turn the order around does not change which is the maximum
+            stage.conv1, stage.norm1 = fuse_conv_bn_eval(stage.conv1, stage.norm1), nn.Identity()
+    return network
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

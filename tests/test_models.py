@@ -75,6 +75,24 @@ def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(tiny):
         assert torch.allclose(network.eval()(images), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale, folded", [(0.5, 2), (-0.5, 1)])
+def test_folding_leaves_the_answers_as_they_were(scale, folded):
+    network = models.student(10)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.2, 2)
+        nn.init.uniform_(norm.bias, -1, 1)
+    for stage in network.stages:
+        stage.norm1.weight.data[1] = scale  # below zero the largest value before it is the smallest after it
+    network(torch.randn(64, 3, 32, 32))  # for statistics of their own
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad():
+        expected = network.eval()(images)
+        network = models.fold(network)
+        assert torch.allclose(network(images), expected, atol=1e-5) and expected.std() > 0.01
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert norms == (2 - folded) * len(network.stages)
+
+
 def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch):
     train_student.main()
     train, _ = data.load_train("cpu")
