@@ -281,7 +281,7 @@ def _read_image(path: str) -> np.ndarray:
     """uint8 [32, 32, 3] from a file of any size and colour mode."""
     try:
         return np.asarray(default_loader(path).resize((SIZE, SIZE)))
-    except (OSError, ValueError, SyntaxError) as error:  # what the decoders raise on files that are not images
+    except Exception as error:  # the decoders of so many formats raise nearly anything
         raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
 
 

@@ -51,7 +51,7 @@ def teacher_answers(teacher: nn.Module, train: ImageSet, epoch: int, folder: Pat
     """The teacher's logits for this epoch's view of each training image: float16 [N, classes], in the images' order.
 
     The views follow from the epoch alone, so the answers are computed once, kept in the folder, and read there by every
-    later run. The folder's name stands for the teacher, the images and their views, and the device.
+    later run. The folder's name stands for the teacher, the images and their views, the device and its precision.
     """
     path = folder / f"epoch-{epoch:04}.pt"
     if KEEP_ANSWERS and path.exists():
@@ -83,7 +83,7 @@ def main() -> None:
     teacher.requires_grad_(False)
     recipe["teacher"] = models.fingerprint(teacher)
     key = models.fingerprint(teacher, train.images, train.index, *data.draw_views(0, 1000))
-    folder = models.checkpoint_folder(train.dataset) / "answers" / f"{key}-{device.type}"
+    folder = models.checkpoint_folder(train.dataset) / "answers" / f"{key}-{device.type}-{models.precision(device)}"
     answers = models.predict(teacher, hold_out) if hold_out else teacher_answers(teacher, train, 0, folder)
     share = models.accuracy(answers, (hold_out or train).labels)
     print(f"The teacher is right on {100 * share:.2f} % of the {'hold-out' if hold_out else 'training'} images.")

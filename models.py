@@ -23,6 +23,7 @@ TEACHER_WIDTHS = (64, 256, 256)  # channels of the stages, each at half the reso
 STUDENT_WIDTHS = (16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # Nesterov's
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
+BFLOAT16 = True  # the products in bfloat16 where the processor is made for it, as fast again; False: float32 everywhere
 COMPILE = False  # torch.compile the network that is trained; needs a C++ compiler, and does not always pay
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
 
@@ -108,9 +109,23 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def precision(device: torch.device) -> str:
+    """Of the convolutions and matrix products: bfloat16 where the device computes in it itself, else float32.
+
+    Those are NVIDIA's GPUs since Ampere, and x86 processors with AVX512-BF16 (AMD since Zen 4, Intel's servers), as far
+    as the torch at hand can tell. Elsewhere it would be emulated, and slow.
+    """
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bfloat16" if native and BFLOAT16 else "float32"
+
+
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 for the matrix products on CUDA; nothing elsewhere, where it does not pay."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
 
 
 def make_optimizer(
@@ -263,7 +278,7 @@ def make_recipe(file: str, **constants) -> dict:
         check(Path(file).name, name, value, *LIMITS[name], open_low=name in ABOVE_ZERO)
     check("models.py", "MOMENTUM", MOMENTUM, float, 0, 1, open_low=True)
     check("models.py", "WARM_UP", WARM_UP, float, 0, 1)
-    shared = {"MOMENTUM": MOMENTUM, "WARM_UP": WARM_UP}
+    shared = {"MOMENTUM": MOMENTUM, "WARM_UP": WARM_UP, "precision": precision(best_device())}
     return constants | shared | {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
 
 

@@ -84,10 +84,14 @@ def seconds(function) -> float:
     return time.perf_counter() - started
 
 
+def in_turn(*functions, repeats: int) -> list[list[float]]:
+    """The seconds of each function, round by round, after a round that warms up."""
+    return [[seconds(function) for function in functions] for _ in range(repeats + 1)][1:]
+
+
 def medians(*functions, repeats: int) -> list[float]:
-    """The median seconds of each function; they run in turn, after a round that warms up."""
-    rounds = [[seconds(function) for function in functions] for _ in range(repeats + 1)]
-    return [statistics.median(times) for times in zip(*rounds[1:])]
+    """The median seconds of each function; they run in turn."""
+    return [statistics.median(times) for times in zip(*in_turn(*functions, repeats=repeats))]
 
 
 def row(what: str, value: float, unit: str, remark: str = "") -> None:
@@ -99,7 +103,7 @@ def peak_rate() -> float:
 
     Of matrices, and of a convolution: on some processors the two come from different libraries, of different speed.
     """
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    dtype = getattr(torch, models.precision(DEVICE))
     size, count, channels = (8192, 1000, 512) if DEVICE.type == "cuda" else (2048, 125, 256)
     left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     images = torch.randn(count, channels, 16, 16, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
@@ -161,15 +165,23 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
             step(fixed[0], fixed[1])
 
     network.train()
-    in_whole, in_bare = medians(whole, bare, repeats=5)
+    rounds = in_turn(whole, bare, repeats=7)
+    in_whole, in_bare = (statistics.median(times) for times in zip(*rounds))
     images = min(steps * script.BATCH_SIZE, len(train))
     macs = 3 * evaluate.multiply_accumulates(network.eval(), fixed[0][:1])  # once forward, twice backward
     row(f"{name}: training, the script's loop", images / in_whole, "images/s")
     share = 100 * macs * images / in_bare / peak
     row(f"{name}: training, the bare loop", images / in_bare, "images/s", f"{share:.0f} % of the machine's")
-    row(f"{name}: the loop's own share of the time", 100 * (1 - in_bare / in_whole), "%")
+    own = statistics.median(1 - b / a for a, b in rounds)
+    row(f"{name}: the loop's own share of the time", 100 * own, "%")
 
-    network.train().compile()
+    network.train()
+    if models.precision(DEVICE) == "bfloat16":
+        models.BFLOAT16 = False
+        in_float32 = medians(bare, repeats=3)[0]
+        models.BFLOAT16 = True
+        row(f"{name}: training, the bare loop, BFLOAT16 = False", images / in_float32, "images/s")
+    network.compile()
     try:
         in_compiled = medians(bare, repeats=5)[0]
         row(f"{name}: training, the bare loop, COMPILE = True", images / in_compiled, "images/s")
@@ -187,7 +199,7 @@ def measure_answers(train: data.ImageSet) -> None:
             for images, *_ in data.batches(some, train_student.BATCH_SIZE, 0):
                 teacher(images)
 
-    ours, usual = medians(lambda: models.predict(teacher, some, 0), plain, repeats=3)
+    ours, usual = medians(lambda: models.predict(teacher, some, 0), plain, repeats=5)
     row("teacher: its answers to an epoch's views", len(some) / ours, "images/s")
     row("teacher: no_grad, training batches", len(some) / usual, "images/s")
 
@@ -251,7 +263,7 @@ def main() -> None:
         train, _ = data.load_train(DEVICE)
         print(f"{len(train):,} images of {train.dataset}\n")
         peak = peak_rate()
-        row("the machine: a large matrix product or convolution", 2 * peak / 1e9, "GFLOP/s")
+        row(f"the machine: a large product in {models.precision(DEVICE)}", 2 * peak / 1e9, "GFLOP/s")
         measure_batches(train)
         measure_steps("teacher", train_teacher, train, peak, steps=10)
         measure_steps("student", train_student, train, peak, steps=30)

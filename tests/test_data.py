@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 
@@ -215,10 +216,23 @@ def break_image(root):
     return root, "3.png.*cannot be read"
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [break_nothing_there, break_no_test, break_classes_differ, break_empty_class, break_no_classes, break_image],
-)
+def break_by_size(root):
+    Image.new("1", (20_000, 20_000)).save(root / "train" / "dark" / "3.png")  # 50 kB on the disk, 1.2 GB in memory
+    return root, "3.png.*cannot be read.*exceeds limit"
+
+
+DAMAGES = [
+    break_nothing_there,
+    break_no_test,
+    break_classes_differ,
+    break_empty_class,
+    break_no_classes,
+    break_image,
+    break_by_size,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_that_is_no_dataset_is_named(damage, folder, tmp_path, monkeypatch):
     dataset, message = damage(folder)
     monkeypatch.setenv("DATASET", str(dataset))

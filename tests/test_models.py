@@ -64,7 +64,22 @@ def test_weight_decay_spares_biases_and_normalisation():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), name
 
 
-def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(tiny):
+@pytest.mark.parametrize(
+    "capable, wanted, told", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")]
+)
+def test_bfloat16_is_for_processors_made_for_it(capable, wanted, told, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    monkeypatch.setattr(models, "BFLOAT16", wanted)
+    device = torch.device("cpu")
+    assert models.precision(device) == told
+    with models.autocast(device):
+        product = nn.Linear(8, 8)(torch.zeros(4, 8))
+    assert str(product.dtype) == f"torch.{told}"
+
+
+@pytest.mark.parametrize("bfloat16, tolerance", [(False, 1e-5), (True, 1e-2)])
+def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(bfloat16, tolerance, tiny, monkeypatch):
+    monkeypatch.setattr(models, "BFLOAT16", bfloat16)
     train, _ = data.load_train("cpu")
     network = models.new_network("student", train, 0).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -72,7 +87,7 @@ def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(tiny):
     assert network.training and same(network.state_dict(), before)
     images = torch.cat([images for images, *_ in data.batches(train, 50)])
     with torch.no_grad():
-        assert torch.allclose(network.eval()(images), logits, atol=1e-5)
+        assert torch.allclose(network.eval()(images), logits, atol=tolerance)
 
 
 @pytest.mark.parametrize("scale, folded", [(0.5, 2), (-0.5, 1)])
