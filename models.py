@@ -19,9 +19,11 @@ from tqdm import tqdm
 import data
 from data import ImageSet, check, write_whole
 
-TEACHER_WIDTHS = (64, 256, 256)  # channels of the stages, each at half the resolution of the one before
-STUDENT_WIDTHS = (16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
+TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, and of each stage at half the resolution of the last
+STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # Nesterov's
+MUON_MOMENTUM = 0.6  # the same, for kernels of convolutions
+MUON_SHARE = 0.25  # of LEARNING_RATE: by how much a step turns such a kernel, in radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # the products in bfloat16 where the processor is made for it, as fast again; False: float32 everywhere
 COMPILE = False  # torch.compile the network that is trained; needs a C++ compiler, and does not always pay
@@ -53,9 +55,8 @@ class ConvNet(nn.Module):
     def __init__(self, classes: int, widths: tuple[int, ...]):
         super().__init__()
         self.widths = tuple(widths)
-        stem_width = 24
-        self.stem = nn.Conv2d(3, stem_width, kernel_size=2)
-        self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip((stem_width, *widths), widths)))
+        self.stem = nn.Conv2d(3, widths[0], kernel_size=2)
+        self.stages = nn.Sequential(*(Stage(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class Stage(nn.Module):
 
 
 def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    if not isinstance(widths, (tuple, list)) or not 1 <= len(widths) <= 4:
-        raise SystemExit(f"{name} = {widths!r} in models.py must be one to four numbers of channels.")
+    if not isinstance(widths, (tuple, list)) or not 2 <= len(widths) <= 5:
+        raise SystemExit(f"{name} = {widths!r} in models.py must be two to five numbers of channels.")
     for width in widths:
         check("models.py", name, width, int, 1)
     return tuple(widths)
@@ -128,19 +129,58 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
 
 
+class Muon(torch.optim.SGD):
+    """SGD with Nesterov momentum, whose steps for the kernels of convolutions count all directions alike.
+
+    Such a step, as a matrix [outputs, inputs * height * width], is replaced by the nearest one with orthogonal rows, so
+    that few large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    The kernel is held at one length: its learning rate is an angle, and weight decay has nothing to do. A convolution
+    that looks at the image itself (inputs of 3 at most) is left to SGD. torch.optim.Muon is for matrices alone.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                if kernel.ndim == 4 and kernel.shape[1] > 3 and kernel.grad is not None:
+                    state = self.state[kernel]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(kernel)
+                    buffer = state["momentum_buffer"].mul_(MUON_MOMENTUM).add_(kernel.grad)
+                    step = orthogonalise(kernel.grad.add(buffer, alpha=MUON_MOMENTUM).flatten(1))
+                    kernel.mul_(len(kernel) ** 0.5 / kernel.norm().clamp(min=1e-7))
+                    kernel.sub_(step.view_as(kernel), alpha=MUON_SHARE * group["lr"])
+                    kernel.grad = None  # the rest is SGD's
+        return super().step(closure)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """[M, N], whose singular values are all near 1 and whose singular vectors are those of matrix [M, N].
+
+    By three steps of the Newton-Schulz iteration with the coefficients of Jordan et al. 2024, in matrix products alone.
+    """
+    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
+    wide = (wide / (wide.norm() + 1e-7)).to(getattr(torch, precision(matrix.device)))  # singular values of 1 at most
+    for _ in range(3):
+        product = wide @ wide.mT
+        inner = torch.addmm(product, product, product, beta=-4.7750, alpha=2.0315)
+        wide = torch.addmm(wide, inner, wide, beta=3.4445)
+    return (wide.mT if len(matrix) > matrix.shape[1] else wide).to(matrix.dtype)
+
+
 def make_optimizer(
     network: nn.Module, learning_rate: float, weight_decay: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD with Nesterov momentum, and its schedule: a straight line up to learning_rate, a straight line down to 0.
+    """`Muon`, and its schedule: a straight line up to learning_rate, a straight line down to 0.
 
-    Weight decay acts on the weights of convolutions and linear layers, not on biases and normalisation.
+    Weight decay acts on the weights that `Muon` leaves to SGD, but for biases and normalisation.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
+    optimizer = Muon(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
     rise = max(1, round(WARM_UP * steps))
     fall = max(1, steps - rise)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -277,9 +317,12 @@ def make_recipe(file: str, **constants) -> dict:
     for name, value in constants.items():
         check(Path(file).name, name, value, *LIMITS[name], open_low=name in ABOVE_ZERO)
     check("models.py", "MOMENTUM", MOMENTUM, float, 0, 1, open_low=True)
+    check("models.py", "MUON_MOMENTUM", MUON_MOMENTUM, float, 0, 1)
+    check("models.py", "MUON_SHARE", MUON_SHARE, float, 0, open_low=True)
     check("models.py", "WARM_UP", WARM_UP, float, 0, 1)
-    shared = {"MOMENTUM": MOMENTUM, "WARM_UP": WARM_UP, "precision": precision(best_device())}
-    return constants | shared | {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
+    shared = {name: globals()[name] for name in ("MOMENTUM", "MUON_MOMENTUM", "MUON_SHARE", "WARM_UP")}
+    shared |= {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
+    return constants | shared | {"precision": precision(best_device())}
 
 
 class Run:

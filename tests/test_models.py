@@ -1,5 +1,6 @@
 """models.py: networks, optimizer, prediction, checkpoints, runs."""
 
+import copy
 import os
 import pickle
 
@@ -54,6 +55,44 @@ def test_the_schedule_rises_to_the_learning_rate_and_falls_to_zero():
         assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
         assert schedule.get_last_lr()[0] == pytest.approx(0)
     assert max(rates) == pytest.approx(0.5) and peak == pytest.approx(200, abs=1)
+
+
+@pytest.mark.parametrize("shape", [(16, 27), (64, 12), (48, 144)])
+def test_orthogonalise_against_the_singular_value_decomposition(shape, monkeypatch):
+    monkeypatch.setattr(models, "BFLOAT16", False)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.diag(left.mT @ models.orthogonalise(matrix) @ right.mT)
+    rest = models.orthogonalise(matrix) - left @ values.diag() @ right
+    assert 0.3 < values.min() and values.max() < 1.3  # Newton-Schulz with few steps is no closer than that
+    assert rest.abs().max() < 1e-4  # the singular vectors are the matrix's own
+
+
+def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    images = torch.randn(8, 5, 5, 5)
+    network(images)
+    other = copy.deepcopy(network)
+    muon, _ = models.make_optimizer(network, 0.1, 0.01, 10)
+    sgd = torch.optim.SGD(other[2].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
+    sgd.param_groups[0]["lr"] = muon.param_groups[0]["lr"]
+    kernel, momentum = network[0].weight.detach().clone(), torch.zeros(4, 45)
+    for _ in range(3):
+        for model, optimizer in ((network, muon), (other, sgd)):
+            model.zero_grad()
+            model(images).square().sum().backward()
+        gradient = network[0].weight.grad.flatten(1).clone()
+        muon.step()
+        momentum = models.MUON_MOMENTUM * momentum + gradient
+        turn = models.orthogonalise(gradient + models.MUON_MOMENTUM * momentum).view_as(kernel)
+        kernel = kernel * 2 / kernel.norm() - models.MUON_SHARE * muon.param_groups[0]["lr"] * turn
+        assert torch.allclose(network[0].weight, kernel, atol=1e-6)
+        with torch.no_grad():
+            other[0].weight.copy_(network[0].weight)
+            other[0].bias.copy_(network[0].bias)
+        other[2].weight.grad.add_(other[2].weight, alpha=0.01)
+        sgd.step()
+        assert torch.allclose(network[2].weight, other[2].weight, atol=1e-6)
 
 
 def test_weight_decay_spares_biases_and_normalisation():
@@ -114,9 +153,9 @@ def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch
     content = torch.load(tiny / "student.pt", weights_only=True)
     assert {"network", "state_dict", "recipe", "dataset", "classes"} <= content.keys()
     assert content["recipe"]["EPOCHS"] == 2 and content["classes"] == list(train.classes)
-    monkeypatch.setattr(models, "STUDENT_WIDTHS", (64, 64, 64))  # edited since
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (64, 64, 64, 64))  # edited since
     network, _ = models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
-    assert network.widths == (4, 6, 8) and not network.training
+    assert network.widths == (4, 4, 6, 8) and not network.training
     assert same(network.state_dict(), content["state_dict"])
 
 
@@ -200,7 +239,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "module, name, value", [(train_student, "LEARNING_RATE", 0.1), (models, "STUDENT_WIDTHS", (4, 4))]
+    "module, name, value", [(train_student, "LEARNING_RATE", 0.1), (models, "STUDENT_WIDTHS", (4, 4, 4))]
 )
 def test_an_unfinished_run_with_other_constants_is_not_continued(module, name, value, tiny, monkeypatch, capsys):
     before = getattr(module, name)
@@ -254,7 +293,7 @@ def test_constants_out_of_range_are_named(script, name, value, tiny, monkeypatch
         script.main()
 
 
-@pytest.mark.parametrize("widths", [(), (8, 0), (8, 1.5), 8, (8,) * 5])
+@pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, 1.5), 8, (8,) * 6])
 def test_widths_that_make_no_network_are_named(widths, monkeypatch):
     monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
     with pytest.raises(SystemExit, match="^STUDENT_WIDTHS = .* in models.py must be"):
