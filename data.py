@@ -217,6 +217,7 @@ def _image_set(images, labels, classes, index, mean, std, device) -> ImageSet:
 
 def _data_dir() -> Path:
     given = os.environ.get("DATA_DIR")
+    check("data.py", "DATA_DIR", DATA_DIR, str)
     return Path(given) if given else Path(__file__).parent / DATA_DIR
 
 
@@ -262,7 +263,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     if images is None:
         with ThreadPoolExecutor() as pool:  # threads, not processes: decoding releases Python's lock
             bar = tqdm(listing, f"reading {root / split}", unit=" images", disable=None, leave=False)
-            images = np.stack(list(pool.map(_read_image, (path for path, *_ in bar))))
+            images = np.stack(list(pool.map(read_image, (path for path, *_ in bar))))
         try:
             for stale in cache.parent.glob(f"{dataset_name()}-{split}-*.npy"):
                 stale.unlink(missing_ok=True)
@@ -277,10 +278,10 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read_image(path: str) -> np.ndarray:
-    """uint8 [32, 32, 3] from a file of any size and colour mode."""
+def read_image(path: str) -> np.ndarray:
+    """uint8 [32, 32, 3] from a file of any size and colour mode; ends the script with one sentence where it cannot."""
     try:
-        return np.asarray(default_loader(path).resize((SIZE, SIZE)))
+        return np.array(default_loader(path).resize((SIZE, SIZE)))
     except Exception as error:  # the decoders of so many formats raise nearly anything
         raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
 
@@ -340,9 +341,14 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def check(
-    file: str, name: str, value, kind: type, low: float, high: float = math.inf, *, open_low: bool = False
+    file: str, name: str, value, kind: type, low: float = 0, high: float = math.inf, *, open_low: bool = False
 ) -> None:
-    """Ends the script with one sentence unless value is a `kind` from low (excluded where open_low) to high."""
+    """Ends the script with one sentence unless value is a `kind`; a number from low (excluded if open_low) to high."""
+    if kind in (bool, str):
+        if not isinstance(value, kind) or value == "":
+            wanted = "True or False" if kind is bool else "a text that is not empty"
+            raise SystemExit(f"{name} = {value!r} in {file} must be {wanted}.")
+        return
     kinds = (int, float) if kind is float else kind
     sound = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     if not (sound and (low < value if open_low else low <= value) and value <= high):

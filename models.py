@@ -226,6 +226,7 @@ def checkpoint_path(dataset: str, name: str) -> Path:
 
 def checkpoint_folder(dataset: str) -> Path:
     given = os.environ.get("CHECKPOINT_DIR")
+    check("models.py", "CHECKPOINT_DIR", CHECKPOINT_DIR, str)
     return (Path(given) if given else Path(__file__).parent / CHECKPOINT_DIR) / dataset
 
 
@@ -259,6 +260,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "classes": list(train.classes),
         "mean": list(train.mean),
         "std": list(train.std),
+        "size": data.SIZE,
         "recipe": recipe,
         "seconds": seconds,
     }
@@ -266,8 +268,13 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
     return path
 
 
-def load_checkpoint(name: str, dataset: str, classes: tuple[str, ...], device: torch.device) -> tuple[nn.Module, dict]:
-    """The trained network of that name in eval mode, and all that its checkpoint says."""
+def load_checkpoint(
+    name: str, dataset: str, classes: tuple[str, ...] | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict]:
+    """The trained network of that name in eval mode, and all that its checkpoint says.
+
+    Ends the script with one sentence where there is none, or one of other classes than those given.
+    """
     path, script = checkpoint_path(dataset, name), SCRIPTS[name]
     if not path.is_file():
         raise SystemExit(f"There is no {path} yet: run python {script} first.")
@@ -275,7 +282,8 @@ def load_checkpoint(name: str, dataset: str, classes: tuple[str, ...], device: t
     needed = {"network", "widths", "state_dict", "dataset", "classes", "mean", "std", "recipe"}
     if checkpoint is None or not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
         raise SystemExit(f"{path} is damaged or not a checkpoint of this project: delete it and run python {script}.")
-    if tuple(checkpoint["classes"]) != tuple(classes):
+    classes = tuple(classes or checkpoint["classes"])
+    if tuple(checkpoint["classes"]) != classes:
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
     make = {"teacher": teacher, "student": student}[checkpoint["network"]]
     try:
@@ -320,6 +328,8 @@ def make_recipe(file: str, **constants) -> dict:
     check("models.py", "MUON_MOMENTUM", MUON_MOMENTUM, float, 0, 1)
     check("models.py", "MUON_SHARE", MUON_SHARE, float, 0, open_low=True)
     check("models.py", "WARM_UP", WARM_UP, float, 0, 1)
+    check("models.py", "BFLOAT16", BFLOAT16, bool)
+    check("models.py", "COMPILE", COMPILE, bool)
     shared = {name: globals()[name] for name in ("MOMENTUM", "MUON_MOMENTUM", "MUON_SHARE", "WARM_UP")}
     shared |= {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
     return constants | shared | {"precision": precision(best_device())}
@@ -337,6 +347,10 @@ class Run:
         self.train, self.hold_out = train, hold_out
         self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
         self.first, self.epoch, self.seconds = 0, 0, 0.0
+        try:
+            self.progress_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{self.progress_path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         if recipe["BATCH_SIZE"] > len(train):
             raise SystemExit(
                 f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} must be at most {len(train)}, "

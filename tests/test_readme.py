@@ -1,0 +1,52 @@
+"""The README's own code, as it stands there."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+
+import data
+import distill
+import models
+import train_student
+import train_teacher
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_under(heading):
+    """The first block of Python under a heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_the_sections_that_use_the_student(tiny, tmp_path, monkeypatch, capsys):
+    train_teacher.main()
+    distill.main()
+    tiny.rename(tmp_path / "cifar10")
+    to_pil_image(torch.rand(3, 50, 70)).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code_under("Use the student"), {})
+    lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
+    shares = [float(share) for share, _ in lines]
+    assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
+    exec(code_under("Export the student"), {})
+    assert (tmp_path / "fixed.pt2").exists() and (tmp_path / "dynamic.pt2").exists()
+
+
+def test_the_section_on_own_networks(tiny, monkeypatch):
+    defined = {"nn": nn}
+    exec(code_under("Your own networks"), defined)  # the README's own text
+    monkeypatch.setattr(models, "student", defined["student"])
+    monkeypatch.setattr(train_student, "EPOCHS", 1)
+    monkeypatch.setattr(train_student, "BATCH_SIZE", 100)
+    train_student.main()
+    train, _ = data.load_train("cpu")
+    network, _ = models.load_checkpoint("student", "synthetic", train.classes)
+    assert type(network).__name__ == "ResNet"
+    with pytest.raises(SystemExit, match="other classes"):
+        models.load_checkpoint("student", "synthetic", ("cat", "dog"))
