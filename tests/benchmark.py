@@ -37,15 +37,17 @@ DEVICE = models.best_device()
 START = """
 import time
 started = time.time()
-import resource, sys, torch, models, {script}
+import atexit, resource, sys, torch, models, {script}
 record, steps = models.Run.record, []
 def counted(run, *arguments):
     record(run, *arguments)
     steps.append(time.time() - started)
     if len(steps) == 30:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print("measured", steps[0], torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory)
         sys.exit()
+def tell():
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("measured", steps[0] if steps else 0, torch.cuda.max_memory_allocated() / 2**30 or memory)
+atexit.register(tell)
 models.Run.record = counted
 {script}.main()
 """
@@ -240,9 +242,9 @@ def measure_epochs(train: data.ImageSet) -> None:
 
 
 def measure_start() -> None:
-    for script in ("train_teacher", "train_student", "distill"):
+    for script in ("train_teacher", "train_student", "distill", "evaluate"):
         taken, memory = [], 0.0
-        for _ in range(3):
+        for _ in range(1 if script == "evaluate" else 3):
             started = subprocess.run(
                 [sys.executable, "-c", START.format(script=script)],
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -252,11 +254,17 @@ def measure_start() -> None:
             )
             first, memory = (float(word) for word in started.stdout.split("measured ")[1].split())
             taken.append(first)
-        row(f"{script}.py: to the first step", statistics.median(taken), "s", f"peak memory {memory:.2f} GiB")
+        if any(taken):
+            row(f"{script}.py: to the first step", statistics.median(taken), "s")
+        row(f"{script}.py: peak memory", memory, "GiB")
 
 
 def main() -> None:
-    processor = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
+    processor = platform.processor() or platform.machine()
+    if DEVICE.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    elif hasattr(torch.cpu, "get_capabilities"):
+        processor = torch.cpu.get_capabilities().get("cpu_name", processor)
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CHECKPOINT_DIR"] = folder
