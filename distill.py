@@ -76,6 +76,7 @@ def main() -> None:
         TEMPERATURE=TEMPERATURE,
         KD_WEIGHT=KD_WEIGHT,
     )
+    data.check("distill.py", "KEEP_ANSWERS", KEEP_ANSWERS, bool)
     device = models.best_device()
     train, hold_out = data.load_train(device)
 
@@ -106,7 +107,7 @@ def main() -> None:
             run.record(loss, logits, labels)
     run.save()
     if KEEP_ANSWERS:
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.glob("epoch-*.pt"))
         print(f"The teacher's answers are kept for the next run: {size / 1e6:.1f} MB in {folder}.")
 
 

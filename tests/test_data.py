@@ -159,14 +159,14 @@ def test_folder_of_images(folder, tmp_path, monkeypatch):
     def unreadable(_):
         raise AssertionError("decoded again")
 
-    decode = data._read_image
-    monkeypatch.setattr(data, "_read_image", unreadable)
+    decode = data.read_image
+    monkeypatch.setattr(data, "read_image", unreadable)
     again, _ = data.load_train("cpu")
     assert torch.equal(again.images, train.images)
     (folder / "train" / "dark" / "0.png").write_bytes((folder / "train" / "light" / "0.png").read_bytes())
     with pytest.raises(AssertionError, match="decoded again"):
         data.load_train("cpu")
-    monkeypatch.setattr(data, "_read_image", decode)
+    monkeypatch.setattr(data, "read_image", decode)
     changed, _ = data.load_train("cpu")
     assert not torch.equal(changed.images, train.images)
     assert len(list((tmp_path / "data" / "decoded").glob("*-train-*"))) == 1  # the stale one is gone

@@ -78,7 +78,7 @@ def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds(monkeypatch):
     sgd.param_groups[0]["lr"] = muon.param_groups[0]["lr"]
     kernel, momentum = network[0].weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
-        for model, optimizer in ((network, muon), (other, sgd)):
+        for model in (network, other):
             model.zero_grad()
             model(images).square().sum().backward()
         gradient = network[0].weight.grad.flatten(1).clone()

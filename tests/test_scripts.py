@@ -32,7 +32,7 @@ def test_interrupted_and_killed_runs_end_in_the_same_checkpoint(copy):
     assert copy.run("train_student.py").returncode == 0
     undisturbed = torch.load(folder / "student.pt")["state_dict"]
     (folder / "student.pt").unlink()
-    for number, sent in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGINT)):
+    for number, sent in enumerate((signal.SIGINT, signal.SIGKILL)):
         running = copy.start("train_student.py")
         lines = []
         while len(lines) < 6:  # some of the epochs, wherever they started

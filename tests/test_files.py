@@ -1,0 +1,193 @@
+"""Files, whatever happens while one is written or read: whole or absent, never executed, never believed blindly."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import distill
+import models
+import train_teacher
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, signals and limits of a Unix")
+
+# Runs a script again and again in children of one process: each is killed, at a random moment or at a chosen point of
+# writing a file; the last one is left alone.
+KILLER = """
+import os, random, signal, sys, time, json
+import torch, data, models, {module}
+
+def child(prepare):
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        prepare()
+        try:
+            {module}.main()
+        finally:
+            os._exit(0)
+    return pid
+
+def dies_at(name, call, before):
+    def prepare():
+        real, calls = getattr(os, name), [0]
+        def wrapped(*arguments):
+            calls[0] += 1
+            if calls[0] == call and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments)
+            if calls[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+        setattr(os, name, wrapped)
+    return prepare
+
+os.waitpid(child(lambda: None), 0)
+os.rename("checkpoints/synthetic/{name}.pt", "undisturbed.pt")
+killed, chance = 0, random.Random(0)
+for name in ("fsync", "replace"):
+    for before in (True, False):
+        for call in (1, 2):
+            killed += os.waitpid(child(dies_at(name, call, before)), 0)[1] == signal.SIGKILL
+for _ in range(6):
+    pid = child(lambda: None)
+    time.sleep(chance.uniform(0.05, 0.4))
+    os.kill(pid, signal.SIGKILL)
+    killed += os.waitpid(pid, 0)[1] == signal.SIGKILL
+ended = os.waitpid(child(lambda: None), 0)[1]
+print(json.dumps([killed, ended]))
+"""
+
+
+def python(copy, code, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")}
+    return subprocess.run(
+        [sys.executable, "-O", "-c", code],  # to whom asserts are nothing: the scripts need none
+        cwd=copy.folder,
+        env=inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(copy.folder)} | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=200,
+    )
+
+
+@posix
+@pytest.mark.parametrize("name", ["teacher", "student", "distilled"])
+def test_killed_at_any_moment_it_ends_in_the_same_weights(name, copy):
+    script = models.SCRIPTS[name]
+    if name == "distilled":
+        assert copy.run("train_teacher.py").returncode == 0
+    copy.edit(script, EPOCHS=16)
+    folder = copy.folder / "checkpoints" / "synthetic"
+    done = python(copy, KILLER.format(module=script.removesuffix(".py"), name=name))
+    assert done.returncode == 0, done.stderr
+    killed, ended = json.loads(done.stdout)
+    assert killed >= 9 and ended == 0  # eight at a point of writing, and most of the others
+    expected = torch.load(copy.folder / "undisturbed.pt", weights_only=True)["state_dict"]
+    continued = torch.load(folder / f"{name}.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(continued[key], expected[key]) for key in expected)
+    assert not (folder / f"{name}.progress.pt").exists()
+
+
+@posix
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(copy):
+    path = copy.folder / "checkpoints" / "synthetic" / "student.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"the last run's")
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
+    done = python(copy, f"import resource, train_student; {limit}; train_student.main()")
+    assert done.returncode == 1
+    assert "student.progress.pt could not be written" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert path.read_bytes() == b"the last run's"
+    assert [file.name for file in path.parent.iterdir()] == ["student.pt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(copy):
+    (copy.folder / "taken").write_text("a file")
+    done = copy.run("train_student.py", CHECKPOINT_DIR=str(copy.folder / "taken"))
+    assert done.returncode == 1 and "epoch" not in done.stdout
+    assert "(CHECKPOINT_DIR) cannot be made" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(copy):
+    assert copy.run("train_teacher.py").returncode == 0
+    copy.edit("distill.py", EPOCHS=8)
+    both = [copy.start("distill.py") for _ in range(2)]
+    told = [running.communicate(timeout=120) for running in both]
+    assert [running.returncode for running in both] == [0, 0], told
+    folder = copy.folder / "checkpoints" / "synthetic"
+    together = torch.load(folder / "distilled.pt", weights_only=True)["state_dict"]
+    assert copy.run("distill.py").returncode == 0
+    alone = torch.load(folder / "distilled.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(together[key], alone[key]) for key in alone)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "hostile", "foreign"])
+def test_a_damaged_file_of_answers_or_progress_is_not_believed(damage, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_teacher.main()
+    distill.main()
+    expected = torch.load(tiny / "distilled.pt", weights_only=True)["state_dict"]
+
+    def damaged(path):
+        if damage == "hostile":
+            torch.save({"answers_to": Hostile()}, path)
+        elif damage == "foreign":
+            torch.save({"answers_to": ["another", 0], "logits": torch.zeros(200, 10)}, path)
+        else:
+            path.write_bytes({"empty": b"", "text": b"hello", "truncated": path.read_bytes()[:-100]}[damage])
+
+    (folder,) = (tiny / "answers").iterdir()
+    damaged(folder / "epoch-0001.pt")
+    (tiny / "distilled.progress.pt").write_bytes((tiny / "distilled.pt").read_bytes())
+    damaged(tiny / "distilled.progress.pt")
+    capsys.readouterr()
+    distill.main()
+    told = capsys.readouterr().out
+    assert "epoch-0001.pt is damaged or foreign: the teacher answers anew." in told
+    assert "had other constants or is damaged: starting afresh." in told
+    assert not (tmp_path / "executed").exists()
+    again = torch.load(tiny / "distilled.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(again[key], expected[key]) for key in expected)
+
+
+def test_a_hostile_cache_is_not_executed(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    train, _ = data.load_train("cpu")
+    (cache,) = (tmp_path / "data" / "decoded").glob("*-train-*.npy")
+    with open(cache, "wb") as file:
+        np.save(file, np.array([Hostile()], dtype=object), allow_pickle=True)
+    assert torch.equal(data.load_train("cpu")[0].images, train.images)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "module, name, value",
+    [
+        (models, "CHECKPOINT_DIR", 3),
+        (models, "COMPILE", "no"),
+        (models, "BFLOAT16", 1),
+        (models, "MUON_MOMENTUM", 2),
+        (models, "MUON_SHARE", 0),
+        (models, "WARM_UP", -0.1),
+        (distill, "KEEP_ANSWERS", None),
+    ],
+)
+def test_other_constants_are_named_too(module, name, value, tiny, monkeypatch):
+    train_teacher.main()
+    monkeypatch.setattr(module, name, value)
+    if name == "CHECKPOINT_DIR":
+        monkeypatch.delenv("CHECKPOINT_DIR")
+    with pytest.raises(SystemExit, match=f"^{name} = {value!r} in {os.path.basename(module.__file__)} must be"):
+        distill.main()
