@@ -46,6 +46,9 @@ def counted(run, *arguments):
         sys.exit()
 def tell():
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "linux":  # where the figure above has the parent's memory in it
+        with open("/proc/self/status", encoding="utf-8") as status:
+            memory = int(status.read().split("VmHWM:")[1].split()[0]) / 2**20
     print("measured", steps[0] if steps else 0, torch.cuda.max_memory_allocated() / 2**30 or memory)
 atexit.register(tell)
 models.Run.record = counted
@@ -167,7 +170,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
             step(fixed[0], fixed[1])
 
     network.train()
-    rounds = in_turn(whole, bare, repeats=7)
+    rounds = in_turn(whole, bare, repeats=steps // 2)
     in_whole, in_bare = (statistics.median(times) for times in zip(*rounds))
     images = min(steps * script.BATCH_SIZE, len(train))
     macs = 3 * evaluate.multiply_accumulates(network.eval(), fixed[0][:1])  # once forward, twice backward
