@@ -37,6 +37,13 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path / "synthetic"
 
 
+class Hostile:
+    """Makes a folder named executed where a pickle of it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
 class Copy:
     """A copy of the repository whose constants are edited and whose scripts are run as a user does it."""
 

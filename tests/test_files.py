@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import Hostile
 
 import data
 import distill
@@ -124,11 +125,6 @@ def test_two_runs_at_once_do_not_disturb_each_other(copy):
     assert copy.run("distill.py").returncode == 0
     alone = torch.load(folder / "distilled.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(together[key], alone[key]) for key in alone)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "hostile", "foreign"])

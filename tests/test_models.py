@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import Hostile
 from torch import nn
 
 import data
@@ -172,11 +173,6 @@ def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
     with pytest.raises(SystemExit, match="student.pt holds another network than student\\(\\) in models.py makes"):
         models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "hostile", "truncated", "foreign"])
