@@ -5,11 +5,14 @@ from (VIEW_SEED, e, i) alone: not from the batch, the device or the seed of a ne
 and one that learns from a teacher see the same pictures, and the teacher's answer to a picture can be computed once.
 """
 
+import contextlib
+import glob
 import hashlib
 import math
 import os
 import socket
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import Image  # Pillow's, which torchvision brings along
 from tqdm import tqdm
 
 DATASET = "cifar10"  # "cifar10", "synthetic", or a folder with train/<class>/* and test/<class>/*; environment: DATASET
@@ -33,6 +36,7 @@ SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
 SYNTHETIC_IMAGES = {"train": 4000, "test": 4000}  # enough to tell three networks apart, in minutes on a laptop
 STALL = 30  # seconds without an answer after which a download is given up
+ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 
 # Mean and standard deviation of the 50,000 training images of CIFAR-10 in each channel, on the scale 0 to 1.
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -281,7 +285,10 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def read_image(path: str) -> np.ndarray:
     """uint8 [32, 32, 3] from a file of any size and colour mode; ends the script with one sentence where it cannot."""
     try:
-        return np.array(default_loader(path).resize((SIZE, SIZE)))
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
+                raise ValueError("it has more than 8 bits per channel, convert it first")
+            return np.array(picture.convert("RGB").resize((SIZE, SIZE)))
     except Exception as error:  # the decoders of so many formats raise nearly anything
         raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
 
@@ -363,6 +370,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     So path is either whole or as it was, whenever the power goes. Raises OSError where that cannot be done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed while it wrote
+        with contextlib.suppress(FileNotFoundError):  # another run may be faster
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -61,21 +61,35 @@ class Copy:
             assert count == 1, f"{file} assigns {name} {count} times at the start of a line"
         path.write_text(text, encoding="utf-8")
 
-    def start(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")}
+    def start(self, *command: str, cwd: Path | None = None, before=None, **environment: str) -> subprocess.Popen:
+        """python <script> <arguments>, or python -m, -c ...; before() is called in the new process first."""
+        if command[0].endswith(".py"):
+            command = (str(self.folder / command[0]), *command[1:])
+        unset = ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")
+        inherited = {name: value for name, value in os.environ.items() if name not in unset}
         return subprocess.Popen(
-            [sys.executable, str(self.folder / script)],
+            [sys.executable, *command],
             cwd=cwd or self.folder,
-            env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+            env=inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(self.folder)} | environment,
+            preexec_fn=before,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
 
-    def run(self, script: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-        with self.start(script, cwd, **environment) as running:
-            out, told = running.communicate(timeout=120)
+    def run(self, *command: str, **options) -> subprocess.CompletedProcess:
+        with self.start(*command, **options) as running:
+            out, told = running.communicate(timeout=200)
         return subprocess.CompletedProcess(running.args, running.returncode, out, told)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether the weights are bit-identical."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import socket
 import tarfile
 import threading
 
@@ -117,4 +118,53 @@ def test_no_network_and_no_archive_is_one_sentence(server, monkeypatch):
 def test_an_error_page_is_refused(server):
     server.archive.unlink()
     with pytest.raises(SystemExit, match="could not be downloaded.*404"):
+        data.load_train("cpu")
+
+
+def test_an_error_page_that_says_it_is_fine_is_refused_and_replaced_later(server, monkeypatch):
+    whole = server.archive.read_bytes()
+    server.archive.write_bytes(b"<html>Please log in to this network.</html>")
+    with pytest.raises(SystemExit, match="could not be downloaded.*corrupt"):
+        data.load_train("cpu")
+    server.archive.write_bytes(whole)
+    assert data.load_train("cpu")[0].labels.tolist() == server.train[1]
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\nthe first bytes"])
+def test_a_server_that_stalls_is_given_up(sent, server, monkeypatch):
+    monkeypatch.setattr(data, "STALL", 0.3)
+    patience = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        held = []
+
+        def answer():
+            while True:
+                try:
+                    held.append(silent.accept()[0])
+                except OSError:  # closed: the test is over
+                    return
+                held[-1].sendall(sent)
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/cifar-10-python.tar.gz")
+        with pytest.raises(SystemExit, match="could not be downloaded .*timed out"):
+            data.load_train("cpu")
+        silent.shutdown(socket.SHUT_RDWR)
+    assert held and socket.getdefaulttimeout() == patience
+
+
+def test_a_half_extracted_archive_is_extracted_again_without_the_network(server, tmp_path):
+    data.load_train("cpu")
+    requests = len(server.requests)
+    (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_4").unlink()
+    (tmp_path / "data" / "cifar-10-batches-py" / "test_batch").write_bytes(b"half")
+    assert data.load_train("cpu")[0].labels.tolist() == server.train[1]
+    assert data.load_test("cpu").labels.tolist() == server.test[1] and len(server.requests) == requests
+
+
+def test_a_truncated_archive_and_no_network_is_one_sentence(server, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(server.archive.read_bytes()[:-100])
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(SystemExit, match="put a sound cifar-10-python.tar.gz there"):
         data.load_train("cpu")

@@ -1,5 +1,9 @@
 """data.py: loading, the hold-out, views, batches."""
 
+import os
+import struct
+import time
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -221,7 +225,40 @@ def break_by_size(root):
     return root, "3.png.*cannot be read.*exceeds limit"
 
 
+def break_by_half(root):
+    Image.effect_noise((200, 200), 50).save(root / "train" / "dark" / "3.jpg")
+    whole = (root / "train" / "dark" / "3.jpg").read_bytes()
+    (root / "train" / "dark" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    return root, "3.jpg.*cannot be read"
+
+
+def break_by_depth(root):
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(root / "train" / "dark" / "3.png")
+    return root, "3.png.*cannot be read: it has more than 8 bits per channel"
+
+
+def break_by_depth_in_tiff(root):
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(root / "train" / "dark" / "3.tif")
+    return root, "3.tif.*cannot be read: it has more than 8 bits per channel"
+
+
+def break_by_depth_in_pgm(root):
+    (root / "train" / "dark" / "3.pgm").write_bytes(b"P5 2 2 65535\n" + bytes(8))
+    return root, "3.pgm.*cannot be read: it has more than 8 bits per channel"
+
+
+def break_other_files(root):
+    for file in (root / "train" / "dark").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    return root, "dark"
+
+
 DAMAGES = [
+    break_by_half,
+    break_by_depth,
+    break_by_depth_in_tiff,
+    break_by_depth_in_pgm,
+    break_other_files,
     break_nothing_there,
     break_no_test,
     break_classes_differ,
@@ -239,6 +276,107 @@ def test_a_folder_that_is_no_dataset_is_named(damage, folder, tmp_path, monkeypa
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     with pytest.raises(SystemExit, match=message):
         data.load_train("cpu")
+
+
+def grey(path, shade):
+    Image.new("L", (40, 30), shade).save(path)
+
+
+def black_and_white(path, shade):
+    Image.new("1", (40, 30), shade > 127).save(path)
+
+
+def palette(path, shade):
+    Image.new("RGB", (40, 30), (shade,) * 3).quantize(4).save(path)
+
+
+def palette_with_transparency(path, shade):
+    Image.new("RGB", (40, 30), (shade,) * 3).quantize(4).save(path, transparency=b"\x00\x80")
+
+
+def alpha(path, shade):
+    Image.new("RGBA", (40, 30), (shade, shade, shade, 100)).save(path)
+
+
+def cmyk(path, shade):
+    Image.new("CMYK", (40, 30), (0, 0, 0, 255 - shade)).save(path.with_suffix(".jpg"))
+
+
+def colours_of_16_bits(path, shade):
+    """A PNG by hand: Pillow reads such files and writes none."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = (b"\0" + struct.pack(">H", shade * 257) * 3 * 4) * 4
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def animated(path, shade):
+    frames = [Image.new("RGB", (40, 30), (other,) * 3) for other in (shade, 0, 255)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def pages(path, shade):
+    frames = [Image.new("RGB", (40, 30), (other,) * 3) for other in (shade, 0, 255)]
+    frames[0].save(path.with_suffix(".tiff"), save_all=True, append_images=frames[1:])
+
+
+def one_pixel(path, shade):
+    Image.new("RGB", (1, 1), (shade,) * 3).save(path)
+
+
+def one_row(path, shade):
+    Image.new("RGB", (3000, 1), (shade,) * 3).save(path)
+
+
+def many_pixels(path, shade):
+    Image.new("L", (9000, 9000), shade).save(path)
+
+
+def in_a_folder_of_its_own(path, shade):
+    path.with_suffix("").mkdir()
+    grey(path.with_suffix("") / "inner.png", shade)
+
+
+def under_another_name(path, shade):
+    grey(path.with_name("mein schönes Bild, nº 3 (日本).PNG"), shade)
+
+
+ODD = [
+    grey,
+    black_and_white,
+    palette,
+    palette_with_transparency,
+    alpha,
+    cmyk,
+    colours_of_16_bits,
+    animated,
+    pages,
+    one_pixel,
+    one_row,
+    many_pixels,
+    in_a_folder_of_its_own,
+    under_another_name,
+]
+
+
+@pytest.mark.parametrize("make", ODD)
+def test_odd_pictures_are_read_as_they_look(make, folder, tmp_path, monkeypatch):
+    name = folder / "train" / "grün & grau"
+    for part in ("train", "test"):
+        (folder / part / "grey").rename(folder / part / name.name)
+    (name / "3.png").unlink()
+    make(name / "3.png", 200)
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    train, _ = data.load_train("cpu")
+    assert train.classes == ("dark", name.name, "light") and len(train) == 36
+    means = train.images.float().mean((1, 2, 3))
+    odd = means[(train.labels == 1)][(means[train.labels == 1] - 120).abs().argmax()].item()
+    assert odd == pytest.approx(255 if make is black_and_white else 200, abs=3)
 
 
 @pytest.mark.parametrize(
@@ -271,3 +409,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
     data.write_whole(path, lambda file: file.write(b"after"))
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_behind_is_removed_once_nobody_can_be_writing_it(tmp_path):
+    path = tmp_path / "file [1]"
+    old, new, other = (tmp_path / name for name in ("file [1].11.tmp", "file [1].12.tmp", "file 1.13.tmp"))
+    for left in (old, new, other):
+        left.write_bytes(b"half")
+    for left in (old, other):
+        os.utime(left, times=(time.time() - 2 * data.ABANDONED,) * 2)
+    data.write_whole(path, lambda file: file.write(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([path, new, other])

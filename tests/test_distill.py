@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import same, weights
+from conftest import same, weights
 
 import data
 import distill

@@ -1,14 +1,15 @@
 """Files, whatever happens while one is written or read: whole or absent, never executed, never believed blindly."""
 
+import ctypes
 import json
 import os
-import subprocess
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile
+from conftest import Hostile, same, weights
 
 import data
 import distill
@@ -64,18 +65,6 @@ print(json.dumps([killed, ended]))
 """
 
 
-def python(copy, code, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("DATASET", "DATA_DIR", "CHECKPOINT_DIR")}
-    return subprocess.run(
-        [sys.executable, "-O", "-c", code],  # to whom asserts are nothing: the scripts need none
-        cwd=copy.folder,
-        env=inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(copy.folder)} | environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=200,
-    )
-
-
 @posix
 @pytest.mark.parametrize("name", ["teacher", "student", "distilled"])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(name, copy):
@@ -84,13 +73,11 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(name, copy):
         assert copy.run("train_teacher.py").returncode == 0
     copy.edit(script, EPOCHS=16)
     folder = copy.folder / "checkpoints" / "synthetic"
-    done = python(copy, KILLER.format(module=script.removesuffix(".py"), name=name))
+    done = copy.run("-O", "-c", KILLER.format(module=script.removesuffix(".py"), name=name))
     assert done.returncode == 0, done.stderr
     killed, ended = json.loads(done.stdout)
     assert killed >= 9 and ended == 0  # eight at a point of writing, and most of the others
-    expected = torch.load(copy.folder / "undisturbed.pt", weights_only=True)["state_dict"]
-    continued = torch.load(folder / f"{name}.pt", weights_only=True)["state_dict"]
-    assert all(torch.equal(continued[key], expected[key]) for key in expected)
+    assert same(weights(folder / f"{name}.pt"), weights(copy.folder / "undisturbed.pt"))
     assert not (folder / f"{name}.progress.pt").exists()
 
 
@@ -100,11 +87,33 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(copy):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"the last run's")
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
-    done = python(copy, f"import resource, train_student; {limit}; train_student.main()")
+    done = copy.run("-O", "-c", f"import resource, train_student; {limit}; train_student.main()")
     assert done.returncode == 1
     assert "student.progress.pt could not be written" in done.stderr and len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == b"the last run's"
     assert [file.name for file in path.parent.iterdir()] == ["student.pt"]
+
+
+def obey_permissions():
+    """Takes from root, where the tests are run by root, the right to write where nobody may."""
+    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: from the next exec on
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where root can be made to obey")
+def test_a_source_folder_that_nobody_may_write_in(copy, tmp_path):
+    elsewhere = {"CHECKPOINT_DIR": str(tmp_path / "elsewhere"), "before": obey_permissions}
+    copy.folder.chmod(0o555)
+    try:
+        if copy.run("-c", "open('new', 'w')", before=obey_permissions).returncode == 0:
+            pytest.skip("here one may write in a folder that is read-only")
+        done = copy.run("train_student.py", before=obey_permissions)
+        assert done.returncode == 1 and "(CHECKPOINT_DIR) cannot be made" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        done = copy.run("train_student.py", **elsewhere)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "elsewhere" / "synthetic" / "student.pt").exists()
+    finally:
+        copy.folder.chmod(0o755)
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_any_work(copy):
@@ -121,10 +130,9 @@ def test_two_runs_at_once_do_not_disturb_each_other(copy):
     told = [running.communicate(timeout=120) for running in both]
     assert [running.returncode for running in both] == [0, 0], told
     folder = copy.folder / "checkpoints" / "synthetic"
-    together = torch.load(folder / "distilled.pt", weights_only=True)["state_dict"]
+    (folder / "distilled.pt").rename(folder / "together.pt")
     assert copy.run("distill.py").returncode == 0
-    alone = torch.load(folder / "distilled.pt", weights_only=True)["state_dict"]
-    assert all(torch.equal(together[key], alone[key]) for key in alone)
+    assert same(weights(folder / "together.pt"), weights(folder / "distilled.pt"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "hostile", "foreign"])
@@ -132,7 +140,7 @@ def test_a_damaged_file_of_answers_or_progress_is_not_believed(damage, tiny, tmp
     monkeypatch.chdir(tmp_path)
     train_teacher.main()
     distill.main()
-    expected = torch.load(tiny / "distilled.pt", weights_only=True)["state_dict"]
+    shutil.copy(tiny / "distilled.pt", tmp_path / "before.pt")
 
     def damaged(path):
         if damage == "hostile":
@@ -152,8 +160,7 @@ def test_a_damaged_file_of_answers_or_progress_is_not_believed(damage, tiny, tmp
     assert "epoch-0001.pt is damaged or foreign: the teacher answers anew." in told
     assert "had other constants or is damaged: starting afresh." in told
     assert not (tmp_path / "executed").exists()
-    again = torch.load(tiny / "distilled.pt", weights_only=True)["state_dict"]
-    assert all(torch.equal(again[key], expected[key]) for key in expected)
+    assert same(weights(tiny / "distilled.pt"), weights(tmp_path / "before.pt"))
 
 
 def test_a_hostile_cache_is_not_executed(folder, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import Hostile
+from conftest import Hostile, same, weights
 from torch import nn
 
 import data
@@ -15,14 +15,6 @@ import evaluate
 import models
 import train_student
 import train_teacher
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_student_is_a_tenth_of_the_teacher_at_most():
@@ -294,3 +286,19 @@ def test_widths_that_make_no_network_are_named(widths, monkeypatch):
     monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
     with pytest.raises(SystemExit, match="^STUDENT_WIDTHS = .* in models.py must be"):
         models.student(10)
+
+
+def test_other_passes_over_the_data_do_not_change_the_weights(tiny, monkeypatch):
+    """One seed, one result: also where a hold-out is looked at, or images are drawn or predicted in between."""
+    train_student.main()
+    before = weights(tiny / "student.pt")
+    record = models.Run.record
+
+    def distracted(run, loss, logits, labels):
+        record(run, loss, logits, labels)
+        models.predict(run.network, run.train, run.epoch)
+        next(data.batches(run.train, 10, run.epoch + 7, 3))
+
+    monkeypatch.setattr(models.Run, "record", distracted)
+    train_student.main()
+    assert same(weights(tiny / "student.pt"), before)
