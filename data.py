@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import socket
+import sys
 import tarfile
 import time
 import zlib
@@ -22,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import Image  # Pillow's, which torchvision brings along
@@ -103,7 +105,7 @@ def batches(
     positions: int64 [B], the images' places in the split.
     With an epoch the images are that epoch's views, without one they are shown as they are. With a seed the order is
     shuffled by (seed, epoch), without one it is the split's own. The batches hold batch_size images at most and
-    differ by one at most, so that no epoch ends in a handful.
+    differ by one at most, so that no epoch ends in a handful. One of several processes gets its share of each batch.
     """
     count, device = len(split), split.labels.device
     border = (split.images.shape[1] - SIZE) // 2
@@ -118,7 +120,9 @@ def batches(
     if seed is not None:
         order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch or 0]).permutation(count)).to(device)
 
-    for positions in order.tensor_split(batch_count(count, batch_size)):
+    number, among = processes()
+    for batch in order.tensor_split(batch_count(count, batch_size)):
+        positions = batch.tensor_split(among)[number]
         images = crops[positions, down[positions], right[positions]]
         if epoch is not None:
             images = torch.where(mirrored[positions, None, None, None], images.flip(2), images)
@@ -201,12 +205,17 @@ def dataset_name() -> str:
 def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
     dataset = _dataset()
+    number, among = processes()
+    if number > 0:
+        torch.distributed.barrier()  # until the first has downloaded or decoded what the others then find
     if dataset == "cifar10":
         images, labels, classes = _cifar10(split)
     elif dataset == "synthetic":
         images, labels, classes = synthetic(split)
     else:
         images, labels, classes = _folder(Path(dataset), split)
+    if among > 1 and number == 0:
+        torch.distributed.barrier()
     return images, np.asarray(labels, dtype=np.int64), tuple(classes)
 
 
@@ -266,7 +275,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     images = _read_cache(cache, len(listing))
     if images is None:
         with ThreadPoolExecutor() as pool:  # threads, not processes: decoding releases Python's lock
-            bar = tqdm(listing, f"reading {root / split}", unit=" images", disable=None, leave=False)
+            bar = tqdm(listing, f"reading {root / split}", unit=" images", disable=no_bar(), leave=False)
             images = np.stack(list(pool.map(read_image, (path for path, *_ in bar))))
         try:
             for stale in cache.parent.glob(f"{dataset_name()}-{split}-*.npy"):
@@ -364,11 +373,28 @@ def check(
         raise SystemExit(f"{name} = {value!r} in {file} must be {number} {bounds}.")
 
 
+def no_bar() -> bool | None:
+    """tqdm's `disable`: False in a notebook, True in all processes but the first, else None: where no terminal is."""
+    if processes()[0] > 0:
+        return True
+    return False if "ipykernel" in sys.modules else None
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it.
 
     So path is either whole or as it was, whenever the power goes. Raises OSError where that cannot be done.
+    Of several processes only the first writes.
     """
+    if processes()[0] > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed while it wrote
         with contextlib.suppress(FileNotFoundError):  # another run may be faster

@@ -54,8 +54,8 @@ def teacher_answers(teacher: nn.Module, train: ImageSet, epoch: int, folder: Pat
     later run. The folder's name stands for the teacher, the images and their views, the device and its precision.
     """
     path = folder / f"epoch-{epoch:04}.pt"
-    if KEEP_ANSWERS and path.exists():
-        kept = models.read(path) or {}
+    kept = models.read(path) if KEEP_ANSWERS else None
+    if kept is not None:
         if kept.get("answers_to") == [folder.name, epoch]:
             return kept["logits"].to(train.labels.device)
         print(f"{path} is damaged or foreign: the teacher answers anew.")

@@ -1,18 +1,25 @@
 """The networks, and what every script does with one: device, optimizer, checkpoints, a run that survives its end."""
 
+import atexit
 import copy
+import csv
+import datetime
 import hashlib
+import io
 import math
 import os
 import pickle
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
@@ -93,21 +100,63 @@ def new_network(name: str, train: ImageSet, seed: int) -> nn.Module:
     """A `teacher` or `student` on the images' device, with fresh weights that follow from the seed alone."""
     torch.manual_seed(seed)
     network = {"teacher": teacher, "student": student}[name](len(train.classes))
-    network.to(train.labels.device, memory_format=torch.channels_last)
+    device, several = train.labels.device, data.processes()[1] > 1
+    if several and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of the whole batch; not on the CPU
+    network.to(device, memory_format=torch.channels_last)
     if COMPILE:
         network.compile()
-    return network
+    return Shared(network) if several else network
 
 
 # Device, precision, optimizer -----------------------------------------------------------------------------------------
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    """CUDA where there is one, else Apple's MPS, else the CPU. A process started by torchrun joins the others here."""
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        _join(device)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that a console has not
+    return device
+
+
+def _join(device: torch.device) -> None:
+    if not torch.distributed.is_initialized():
+        patience = datetime.timedelta(hours=1)  # the first process may have to download the images
+        if device.type == "cuda":
+            torch.distributed.init_process_group("nccl", timeout=patience, device_id=device)
+        else:
+            torch.distributed.init_process_group("gloo", timeout=patience)
+        atexit.register(torch.distributed.destroy_process_group)
+        if data.processes()[0] > 0:
+            sys.stdout = open(os.devnull, "w")  # only the first one tells
+
+
+class Shared(DistributedDataParallel):
+    """A network that is trained by several processes at once, each on its share of every batch.
+
+    DistributedDataParallel takes the mean of the processes' gradients. That of a mean loss over the whole batch is the
+    mean weighted by the shares, which may differ by an image: the logits' gradients are weighted accordingly.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        self.broadcast_buffers = False  # `Run` takes their mean after every epoch
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        whole = torch.full((), len(images), dtype=torch.float32, device=logits.device)
+        torch.distributed.all_reduce(whole)
+        weight = len(images) * data.processes()[1] / whole
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * weight)
+        return logits
 
 
 def precision(device: torch.device) -> str:
@@ -196,7 +245,14 @@ def predict(network: nn.Module, split: ImageSet, epoch: int | None = None) -> Te
     network = fold(copy.deepcopy(network).eval())
     batch_size = 2000 if device.type == "cuda" else 125  # what fills a GPU, what fits a CPU's cache
     with autocast(device):
-        return torch.cat([network(images).float() for images, _, _ in data.batches(split, batch_size, epoch)])
+        own = [(network(images).float(), positions) for images, _, positions in data.batches(split, batch_size, epoch)]
+    logits, positions = (torch.cat(parts) for parts in zip(*own))
+    if data.processes()[1] == 1:
+        return logits
+    whole = logits.new_zeros(len(split), logits.shape[1])
+    whole[positions] = logits
+    torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
+    return whole
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -232,8 +288,13 @@ def checkpoint_folder(dataset: str) -> Path:
 
 def save(path: Path, content: dict) -> None:
     """Writes content to path, whole or not at all."""
+    write(path, lambda file: torch.save(content, file))
+
+
+def write(path: Path, by: Callable[[BinaryIO], None]) -> None:
+    """What by(file) writes, at path, whole or not at all; ends the script with one sentence where that cannot be."""
     try:
-        write_whole(path, lambda file: torch.save(content, file))
+        write_whole(path, by)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         raise SystemExit(
             f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere."
@@ -241,16 +302,31 @@ def save(path: Path, content: dict) -> None:
 
 
 def read(path: Path) -> dict | None:
-    """What `save` wrote to path, on the CPU; None where the file is not one that it wrote."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
-        return None
-    return content if isinstance(content, dict) else None
+    """What `save` wrote to path, on the CPU; {} where the file is not one that it wrote, None where there is none.
+
+    In several processes, what the first one reads.
+    """
+    content = None
+    if data.processes()[0] == 0 and path.exists():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+            content = {}
+        content = content if isinstance(content, dict) else {}
+    if data.processes()[1] > 1:
+        box = [content]
+        torch.distributed.broadcast_object_list(box)
+        content = box[0]
+    return content
 
 
-def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float) -> Path:
-    """Saves all that it takes to rebuild the network, to use it and to know how it was trained."""
+def save_checkpoint(
+    name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float, curve: Iterable[dict] = ()
+) -> Path:
+    """Saves all that it takes to rebuild the network, to use it and to know how it was trained.
+
+    seconds: of training. curve: what `Run` tells of each epoch.
+    """
     path = checkpoint_path(train.dataset, name)
     content = {
         "network": "teacher" if name == "teacher" else "student",
@@ -263,6 +339,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "size": data.SIZE,
         "recipe": recipe,
         "seconds": seconds,
+        "curve": list(curve),
     }
     save(path, content)
     return path
@@ -276,11 +353,11 @@ def load_checkpoint(
     Ends the script with one sentence where there is none, or one of other classes than those given.
     """
     path, script = checkpoint_path(dataset, name), SCRIPTS[name]
-    if not path.is_file():
-        raise SystemExit(f"There is no {path} yet: run python {script} first.")
     checkpoint = read(path)
+    if checkpoint is None:
+        raise SystemExit(f"There is no {path} yet: run python {script} first.")
     needed = {"network", "widths", "state_dict", "dataset", "classes", "mean", "std", "recipe"}
-    if checkpoint is None or not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
+    if not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
         raise SystemExit(f"{path} is damaged or not a checkpoint of this project: delete it and run python {script}.")
     classes = tuple(classes or checkpoint["classes"])
     if tuple(checkpoint["classes"]) != classes:
@@ -332,7 +409,7 @@ def make_recipe(file: str, **constants) -> dict:
     check("models.py", "COMPILE", COMPILE, bool)
     shared = {name: globals()[name] for name in ("MOMENTUM", "MUON_MOMENTUM", "MUON_SHARE", "WARM_UP")}
     shared |= {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
-    return constants | shared | {"precision": precision(best_device())}
+    return constants | shared | {"precision": precision(best_device()), "processes": data.processes()[1]}
 
 
 class Run:
@@ -342,11 +419,12 @@ class Run:
     """
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
-        self.name, self.network, self.optimizer, self.schedule = name, network, optimizer, schedule
-        self.recipe = recipe | {"widths": getattr(network, "widths", None)}
+        self.name, self.optimizer, self.schedule = name, optimizer, schedule
+        self.network = network.module if isinstance(network, Shared) else network
+        self.recipe = recipe | {"widths": getattr(self.network, "widths", None)}
         self.train, self.hold_out = train, hold_out
         self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
-        self.first, self.epoch, self.seconds = 0, 0, 0.0
+        self.first, self.epoch, self.seconds, self.curve = 0, 0, 0.0, []
         try:
             self.progress_path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -356,13 +434,17 @@ class Run:
                 f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} must be at most {len(train)}, "
                 f"the number of training images."
             )
+        among = data.processes()[1]
+        if among > len(train) // data.batch_count(len(train), recipe["BATCH_SIZE"]):
+            raise SystemExit(
+                f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} is too small for {among} processes."
+            )
         self._continue()
         sys.excepthook = self._excepthook
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        print(
-            f"{name}: {parameters:,} parameters, {len(train):,} images of {train.dataset}, {train.labels.device.type}",
-            flush=True,
-        )
+        parameters, device = sum(parameter.numel() for parameter in network.parameters()), train.labels.device.type
+        where = f"cpu (threads: {torch.get_num_threads()})" if device == "cpu" else device
+        where = f"{among} x {where}" if among > 1 else where
+        print(f"{name}: {parameters:,} parameters, {len(train):,} images of {train.dataset}, {where}", flush=True)
 
     def epochs(self) -> Iterator[int]:
         """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
@@ -380,11 +462,16 @@ class Run:
         self.right, self.seen = torch.zeros_like(self.loss, dtype=torch.int64), 0
         started = time.perf_counter()
         title = f"epoch {self.epoch + 1}/{self.recipe['EPOCHS']}"
-        with tqdm(total=len(self.train), desc=title, unit=" images", disable=None, leave=False) as bar:
+        among = data.processes()[1]
+        with tqdm(total=len(self.train), desc=title, unit=" images", disable=data.no_bar(), leave=False) as bar:
             for batch in batches:
                 yield batch
-                if bar.update(self.seen - bar.n):  # true where it is time to draw; only then is the device waited for
+                if bar.update(
+                    self.seen * among - bar.n
+                ):  # true where it is time to draw: only then wait for the device
                     bar.set_postfix(self._figures(), refresh=False)
+        if among > 1:
+            self._unite(among)
         self.mean_loss = self.loss.item() / self.seen  # waits for the device, so the time is all of the epoch's
         self.images_per_second = self.seen / (time.perf_counter() - started)
 
@@ -395,14 +482,26 @@ class Run:
         self.right += (logits.argmax(1) == labels).sum()
         self.seen += len(labels)
 
+    def _unite(self, among: int) -> None:
+        """Adds up what all processes have seen, and takes the mean of their batch statistics."""
+        totals = torch.stack([self.loss.double(), self.right.double(), torch.full_like(self.loss.double(), self.seen)])
+        torch.distributed.all_reduce(totals)
+        self.loss, self.right, self.seen = totals[0], totals[1], int(totals[2].item())
+        for buffer in self.network.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer)
+                buffer /= among
+
     def save(self) -> None:
         """Saves the checkpoint and removes the progress."""
-        path = save_checkpoint(self.name, self.network, self.train, self.recipe, self.seconds)
-        self.progress_path.unlink(missing_ok=True)
+        path = save_checkpoint(self.name, self.network, self.train, self.recipe, self.seconds, self.curve)
+        if data.processes()[0] == 0:
+            self.progress_path.unlink(missing_ok=True)
+        sys.excepthook = sys.__excepthook__
         print(f"Saved {path} after {self.seconds:.0f} s of training.", flush=True)
 
     def _excepthook(self, kind, error, trace) -> None:
-        if issubclass(kind, KeyboardInterrupt):
+        if issubclass(kind, KeyboardInterrupt) and data.processes()[0] == 0:
             where = f"after epoch {self.epoch}" if self.epoch else "from the start"
             print(f"\nInterrupted. Run python {SCRIPTS[self.name]} again to continue {where}.", file=sys.stderr)
         else:
@@ -421,28 +520,41 @@ class Run:
                 f"The loss is no longer finite in epoch {self.epoch + 1}: "
                 f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]} is probably too high."
             )
-        figures = self._figures()
+        figures, held = self._figures(), None
         if self.hold_out:
-            figures["hold-out"] = f"{100 * accuracy(predict(self.network, self.hold_out), self.hold_out.labels):.2f} %"
+            held = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
+            figures["hold-out"] = f"{100 * held:.2f} %"
         told = ", ".join(f"{name} {value}" for name, value in figures.items())
         print(f"epoch {self.epoch + 1:3}/{epochs}: {told}, {self.images_per_second:,.0f} images/s", flush=True)
+        shown = {"loss": self.mean_loss, "accuracy": self.right.item() / self.seen, "hold_out_accuracy": held}
+        self.curve.append({"epoch": self.epoch + 1, **shown, "seconds": self.seconds})
+        self._write_curve()
         if self.epoch + 1 < epochs:
             progress = {name: part.state_dict() for name, part in self._parts().items()}
-            state = {"epoch": self.epoch + 1, "seconds": self.seconds, "random": torch.get_rng_state()}
+            state = {"epoch": self.epoch + 1, "seconds": self.seconds, "curve": self.curve}
+            state["random"] = torch.get_rng_state()
             save(self.progress_path, progress | state | self._identity())
 
+    def _write_curve(self) -> None:
+        """One line per epoch of this run, those before an interruption included, in a CSV beside the checkpoint."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, self.curve[0].keys(), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.curve)
+        write(self.progress_path.with_name(f"{self.name}.csv"), lambda file: file.write(text.getvalue().encode()))
+
     def _continue(self) -> None:
-        if not self.progress_path.is_file():
-            return
         progress = read(self.progress_path)
+        if progress is None:
+            return
         identity = self._identity()
-        if progress is None or any(progress.get(name) != value for name, value in identity.items()):
+        if any(progress.get(name) != value for name, value in identity.items()):
             print(f"The unfinished run in {self.progress_path} had other constants or is damaged: starting afresh.")
             return
         for name, part in self._parts().items():
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
-        self.first, self.seconds = progress["epoch"], progress["seconds"]
+        self.first, self.seconds, self.curve = progress["epoch"], progress["seconds"], progress["curve"]
         print(f"Continuing the unfinished run after epoch {self.first} of {self.recipe['EPOCHS']}.")
 
     def _parts(self) -> dict:

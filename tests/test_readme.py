@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, same
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -17,10 +17,10 @@ import train_teacher
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def code_under(heading):
-    """The first block of Python under a heading."""
+def code_under(heading, number=0):
+    """A block of Python under a heading."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
 
 
 def test_the_sections_that_use_the_student(tiny, tmp_path, monkeypatch, capsys):
@@ -50,3 +50,17 @@ def test_the_section_on_own_networks(tiny, monkeypatch):
     assert type(network).__name__ == "ResNet"
     with pytest.raises(SystemExit, match="other classes"):
         models.load_checkpoint("student", "synthetic", ("cat", "dog"))
+
+
+def test_the_section_on_a_teacher_of_ones_own(tiny, tmp_path, monkeypatch):
+    defined = {"nn": nn}
+    exec(code_under("Your own networks"), defined)
+    monkeypatch.setattr(models, "teacher", defined["student"])
+    torch.save(models.teacher(10).state_dict(), tmp_path / "my_weights.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(code_under("Your own networks", 1), {})
+    network, _ = models.load_checkpoint("teacher", "synthetic")
+    assert same(network.state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
+    monkeypatch.setattr(distill, "EPOCHS", 1)
+    distill.main()
+    assert (tiny / "distilled.pt").exists()
