@@ -2,9 +2,12 @@
 
 import json
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import distill
@@ -120,3 +123,86 @@ def test_a_teacher_trained_since_is_noticed(tiny, monkeypatch, capsys):
     train_teacher.main()
     evaluate.main()
     assert "taught by another teacher than teacher.pt" in capsys.readouterr().out
+
+
+def test_reliability_and_classes_by_hand():
+    logits = torch.tensor([[0.0, 4.0, 0.0], [0.0, 4.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
+    labels = torch.tensor([1, 0, 0, 2])
+    confidence, right, share = evaluate.reliability(logits, labels)
+    sure = math.exp(4) / (math.exp(4) + 2)  # 0.965, in the last bin: one right, one wrong
+    assert (share * 4).tolist() == [0] * 6 + [1, 0, 1] + [0] * 5 + [2]  # 0.45 and 0.58, and two above 14/15
+    assert confidence[-1].item() == pytest.approx(sure) and right[-1].item() == 0.5 and share[-1].item() == 0.5
+    assert evaluate.class_accuracies(logits, labels, ("a", "b", "c", "none")) == {"a": 0.5, "b": 1.0, "c": 0.0}
+
+
+def test_the_learning_curve_is_kept_over_interruptions(tiny, monkeypatch):
+    monkeypatch.setattr(train_student, "EPOCHS", 3)
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    train_student.main()
+    undisturbed = (tiny / "student.csv").read_text().splitlines()
+    assert undisturbed[0] == "epoch,loss,accuracy,hold_out_accuracy,seconds"
+    assert [line.split(",")[0] for line in undisturbed[1:]] == ["1", "2", "3"]
+    save = models.save
+
+    def killed(path, content):
+        save(path, content)
+        if path.name == "student.progress.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_student.main()
+    monkeypatch.setattr(models, "save", save)
+    train_student.main()
+    again = (tiny / "student.csv").read_text().splitlines()
+    assert [line.rsplit(",", 1)[0] for line in again] == [line.rsplit(",", 1)[0] for line in undisturbed]
+    curve = models.read(tiny / "student.pt")["curve"]
+    assert [str(line["hold_out_accuracy"]) for line in curve] == [line.split(",")[3] for line in again[1:]]
+
+
+def test_without_matplotlib_one_line_says_how_to_get_pictures(tiny, monkeypatch, capsys):
+    train_student.main()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    evaluate.main()
+    assert "pip install matplotlib" in capsys.readouterr().out and not (tiny / "results.png").exists()
+
+
+def test_the_pictures_show_the_figures(tiny, capsys):
+    figure = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib").Figure
+    drawn = []
+    init = figure.__init__
+
+    def spy(self, *arguments, **options):
+        init(self, *arguments, **options)
+        drawn.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "__init__", spy)
+        for script in (train_teacher, train_student, distill, evaluate):
+            script.main()
+    results = json.loads((tiny / "results.json").read_text())
+    assert (tiny / "results.png").read_bytes().startswith(b"\x89PNG")
+    sizes, learning, calibration, classes = drawn[0].axes
+    rows = results["models"].values()
+    assert [bar[0].get_ydata()[0] for bar in sizes.containers] == [100 * row["accuracy"] for row in rows]
+    assert [len(line.get_xdata()) for line in learning.get_lines()[::2]] == [2, 2, 2]
+    assert len(calibration.get_lines()) == 4
+    before, after = (results["models"][name]["class_accuracy"] for name in ("student", "distilled"))
+    assert sorted(bar.get_width() for bar in classes.patches) == sorted(100 * (after[n] - before[n]) for n in before)
+
+
+def test_a_hundred_classes(tiny, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 3), ("test", 1)):
+        for number in range(100):
+            folder = tmp_path / "hundred" / part / f"class {number}"
+            folder.mkdir(parents=True)
+            for image in range(count):
+                to_pil_image(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{image}.png")
+    monkeypatch.setenv("DATASET", str(tmp_path / "hundred"))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    for script in (train_teacher, train_student, distill, evaluate):
+        script.main()
+    results = json.loads((tmp_path / "hundred" / "results.json").read_text())
+    assert len(results["models"]["distilled"]["class_accuracy"]) == 100 and results["test_images"] == 100
