@@ -466,9 +466,8 @@ class Run:
         with tqdm(total=len(self.train), desc=title, unit=" images", disable=data.no_bar(), leave=False) as bar:
             for batch in batches:
                 yield batch
-                if bar.update(
-                    self.seen * among - bar.n
-                ):  # true where it is time to draw: only then wait for the device
+                told = min(self.seen * among, len(self.train))  # of several processes this one knows its own share only
+                if bar.update(told - bar.n):  # true where it is time to draw; only then is the device waited for
                     bar.set_postfix(self._figures(), refresh=False)
         if among > 1:
             self._unite(among)
@@ -501,9 +500,10 @@ class Run:
         print(f"Saved {path} after {self.seconds:.0f} s of training.", flush=True)
 
     def _excepthook(self, kind, error, trace) -> None:
-        if issubclass(kind, KeyboardInterrupt) and data.processes()[0] == 0:
+        if issubclass(kind, KeyboardInterrupt):
             where = f"after epoch {self.epoch}" if self.epoch else "from the start"
-            print(f"\nInterrupted. Run python {SCRIPTS[self.name]} again to continue {where}.", file=sys.stderr)
+            if data.processes()[0] == 0:
+                print(f"\nInterrupted. Run python {SCRIPTS[self.name]} again to continue {where}.", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
