@@ -59,7 +59,7 @@ def launch(copy):
     def launch(code, processes):
         (copy.folder / "driver.py").write_text(LAYERS + code, encoding="utf-8")
         command = (*TORCHRUN, "driver.py") if processes == 2 else ("driver.py",)
-        return copy.run(*command, OMP_NUM_THREADS="1")
+        return copy.run(*command)
 
     return launch
 

@@ -86,6 +86,8 @@ def test_a_console_without_the_letters_of_a_folders_name(copy, folder):
 def test_a_users_error_is_one_sentence(tmp_path):
     cases = [
         ("distill.py", {}, "teacher.pt yet: run python train_teacher.py first."),
+        ("evaluate.py", {}, "There is nothing to evaluate in"),
+        ("train_student.py", {"EPOCHS": -3}, "EPOCHS = -3 in train_student.py must be a whole number of at least 1."),
         ("distill.py", {"KD_WEIGHT": 2}, "KD_WEIGHT = 2 in distill.py must be a number of at least 0 and at most 1."),
         ("train_teacher.py", {"DATASET": "nowhere"}, "DATASET = 'nowhere' (data.py) must be cifar10, synthetic or"),
     ]
