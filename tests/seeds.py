@@ -1,4 +1,4 @@
-"""Repeats the four scripts over seeds and prints mean and standard deviation of every figure, and the paired gain.
+"""Repeats the four scripts over seeds and prints every figure's mean, standard deviation and paired difference.
 
     DATASET=synthetic python tests/seeds.py
 
@@ -39,6 +39,12 @@ def results_of(seed: int, root: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def recipes_of(run: dict) -> list[dict]:
+    """The recipes of one seed's networks, but for what the seed itself changes."""
+    recipes = [run["models"][name]["recipe"] for name in models.SCRIPTS]
+    return [{key: value for key, value in recipe.items() if key not in ("SEED", "teacher")} for recipe in recipes]
+
+
 def told(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
@@ -46,6 +52,8 @@ def told(values: list[float], digits: int) -> str:
 def main() -> None:
     root = models.checkpoint_folder("")
     runs = [results_of(seed, root) for seed in SEEDS]
+    if any(recipes_of(run) != recipes_of(runs[0]) for run in runs):
+        raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
     first = runs[0]
     print(f"\n{first['dataset']}, {first['test_images']:,} test images, {len(runs)} seeds, torch {first['torch']}\n")
     print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'= teacher %':>18}")
@@ -55,14 +63,19 @@ def main() -> None:
             f"{told([scale * row[key] for row in rows], digits):>{width}}" for key, scale, digits, width in COLUMNS
         )
         print(f"{name:12}{''.join(columns)}")
-    gains = [run["distilled_minus_student"]["points"] for run in runs]
-    half = T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
-    mean = statistics.mean(gains)
-    gap = 100 * statistics.mean(r["models"]["teacher"]["accuracy"] - r["models"]["student"]["accuracy"] for r in runs)
-    print(f"\ndistilled - student: {', '.join(f'{gain:+.2f}' for gain in gains)} points")
-    print(f"mean {mean:+.2f}, 95 % interval {mean - half:+.2f} to {mean + half:+.2f} (Student's t, paired by seed)")
-    if gap > 0:
-        print(f"share of the mean gap of {gap:.2f} points to the teacher that is closed: {100 * mean / gap:.0f} %")
+    print(f"\ndistilled - student, paired by seed; 95 % intervals by Student's t over {len(runs)} seeds")
+    for key, scale, digits, _ in COLUMNS:
+        pairs = [(run["models"]["distilled"][key], run["models"]["student"][key]) for run in runs]
+        gains = [scale * (distilled - student) for distilled, student in pairs]
+        mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+        single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
+        print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
+    teacher, student, distilled = (
+        statistics.mean(run["models"][name]["accuracy"] for run in runs) for name in models.SCRIPTS
+    )
+    if teacher > student:
+        gap = teacher - student
+        print(f"share of the mean gap of {100 * gap:.2f} points that is closed: {(distilled - student) / gap:.0%}")
 
 
 if __name__ == "__main__":
