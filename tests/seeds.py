@@ -51,9 +51,11 @@ def told(values: list[float], digits: int) -> str:
 
 def main() -> None:
     root = models.checkpoint_folder("")
-    runs = [results_of(seed, root) for seed in SEEDS]
-    if any(recipes_of(run) != recipes_of(runs[0]) for run in runs):
-        raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
+    runs = []
+    for seed in SEEDS:
+        runs.append(results_of(seed, root))
+        if recipes_of(runs[-1]) != recipes_of(runs[0]):  # said before hours go into the seeds after it
+            raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
     first = runs[0]
     print(f"\n{first['dataset']}, {first['test_images']:,} test images, {len(runs)} seeds, torch {first['torch']}\n")
     print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'= teacher %':>18}")
