@@ -391,6 +391,7 @@ LIMITS = {  # constant: its type, the least and the most it may be
     "BATCH_SIZE": (int, 1),
     "LEARNING_RATE": (float, 0),
     "WEIGHT_DECAY": (float, 0),
+    "LABEL_SMOOTHING": (float, 0, 1),
     "TEMPERATURE": (float, 0),
     "KD_WEIGHT": (float, 0, 1),
 }

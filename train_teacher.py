@@ -13,6 +13,7 @@ EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
 WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
+LABEL_SMOOTHING = 0.0  # share of each label that is spread over all classes
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
         BATCH_SIZE=BATCH_SIZE,
         LEARNING_RATE=LEARNING_RATE,
         WEIGHT_DECAY=WEIGHT_DECAY,
+        LABEL_SMOOTHING=LABEL_SMOOTHING,
     )
     device = models.best_device()
     train, hold_out = data.load_train(device)
@@ -35,7 +37,7 @@ def main() -> None:
         for images, labels, _ in run.watch(data.batches(train, BATCH_SIZE, epoch, SEED)):
             with models.autocast(device):
                 logits = teacher(images)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

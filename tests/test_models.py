@@ -246,6 +246,25 @@ def test_an_unfinished_run_with_other_constants_is_not_continued(module, name, v
     assert same(weights(tiny / "student.pt"), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_teachers_labels_are_smoothed(smoothing, tiny, monkeypatch):
+    steps, record = [], models.Run.record
+
+    def spy(run, *step):
+        steps.append(step)
+        record(run, *step)
+
+    monkeypatch.setattr(models.Run, "record", spy)
+    monkeypatch.setattr(train_teacher, "LABEL_SMOOTHING", smoothing)
+    train_teacher.main()
+    assert steps
+    for loss, logits, labels in steps:
+        shares = torch.full(logits.shape, smoothing / logits.shape[1])
+        shares[torch.arange(len(labels)), labels] += 1 - smoothing
+        expected = -(shares * logits.float().log_softmax(1)).sum(1).mean()
+        assert torch.allclose(loss, expected, rtol=1e-4)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, monkeypatch):
     train_student.main()
     before = (tiny / "student.pt").read_bytes()
@@ -260,6 +279,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     [
         (train_teacher, "EPOCHS", 0),
         (train_teacher, "EPOCHS", 1.5),
+        (train_teacher, "LABEL_SMOOTHING", -0.1),
+        (train_teacher, "LABEL_SMOOTHING", 1.1),
         (train_student, "SEED", -1),
         (train_student, "BATCH_SIZE", 201),
         (train_student, "LEARNING_RATE", 0),
