@@ -3,8 +3,8 @@
     DATASET=synthetic python tests/seeds.py
 
 Seed s of teacher, student and distilled student alike; the two students start from the same weights and see the same
-batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; one that holds results is not run
-again, so that an interrupted series goes on where it was: delete the folders after editing a constant.
+batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
+trained again, so that an interrupted series goes on where it was: delete the folders after editing a constant.
 """
 
 import json
@@ -32,9 +32,10 @@ def results_of(seed: int, root: Path) -> dict:
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     path = models.checkpoint_folder(data.dataset_name()) / "results.json"
     if not path.is_file():
-        for script in (train_teacher, train_student, distill):
-            script.SEED = seed
-            script.main()
+        for name, script in zip(models.SCRIPTS, (train_teacher, train_student, distill)):
+            if not models.checkpoint_path(data.dataset_name(), name).is_file():
+                script.SEED = seed
+                script.main()
         evaluate.main()
     return json.loads(path.read_text(encoding="utf-8"))
 
