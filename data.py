@@ -36,7 +36,7 @@ VIEW_SEED = 0  # seeds shifts and mirrorings; another number shows other views o
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
-SYNTHETIC_IMAGES = {"train": 5000, "test": 4000}  # enough for the students to settle, in minutes on a laptop
+SYNTHETIC_IMAGES = {"train": 8000, "test": 4000}  # enough for the students to settle, in minutes on a laptop
 STALL = 30  # seconds without an answer after which a download is given up
 ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 
