@@ -2,24 +2,19 @@
 
 A *view* of an image is one shifted and perhaps mirrored copy of it. Which view of image i is shown in epoch e follows
 from (VIEW_SEED, e, i) alone: not from the batch, the device or the seed of a network. So a student that learns alone
-and one that learns from a teacher see the same pictures, and the teacher's answer to a picture can be computed once.
+and one that learns from a teacher see the same pictures in the same order.
 """
 
-import contextlib
-import glob
 import hashlib
 import math
 import os
 import socket
 import sys
 import tarfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,18 +25,14 @@ from torchvision.datasets.folder import Image  # Pillow's, which torchvision bri
 from tqdm import tqdm
 
 DATASET = "cifar10"  # "cifar10", "synthetic", or a folder with train/<class>/* and test/<class>/*; environment: DATASET
-DATA_DIR = "data"  # downloads and caches; beside this file unless absolute; environment: DATA_DIR
+DATA_DIR = "data"  # downloads; beside this file unless absolute; environment: DATA_DIR
 HOLD_OUT = 0  # training images set aside to tune on, reported after each epoch; 0 trains on all of them
 VIEW_SEED = 0  # seeds shifts and mirrorings; another number shows other views of the same images
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
-SYNTHETIC_IMAGES = {"train": 8000, "test": 4000}  # enough for the students to settle, in minutes on a laptop
-STALL = 30  # seconds without an answer after which a download is given up
-ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
-
-# Mean and standard deviation of the 50,000 training images of CIFAR-10 in each channel, on the scale 0 to 1.
-CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+SYNTHETIC_IMAGES = {"train": 4000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download is given up
 
 # First word of each random seed, so that no two uses draw the same numbers.
 ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING = range(1, 6)
@@ -53,7 +44,8 @@ class ImageSet:
 
     images: uint8 [N, H, W, 3]; those of a training set carry SHIFT pixels of mirrored border on each side.
     labels: int64 [N]. index: int64 [N], each image's number in the whole split, which its views follow from.
-    mean, std: three numbers each, of the training images' channels on the scale 0 to 1.
+    mean, std: three numbers each, of the training images' channels on the scale 0 to 1; None for test images.
+    fingerprint: of the training images, their labels and statistics; "" for test images.
     """
 
     dataset: str
@@ -61,39 +53,43 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     index: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def normalised_as_in(self, checkpoint: dict) -> "ImageSet":
+        """The same images for the network of a checkpoint: with the mean and std that it was trained with."""
+        return replace(self, mean=tuple(checkpoint["mean"]), std=tuple(checkpoint["std"]))
+
 
 def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     """The training images without the hold-out, and the hold-out (None where HOLD_OUT is 0)."""
-    check("data.py", "HOLD_OUT", HOLD_OUT, int, 0)
-    check("data.py", "VIEW_SEED", VIEW_SEED, int, 0)
-    check("data.py", "SHIFT", SHIFT, int, 0, SIZE - 1)
     images, labels, classes = _read("train")
-    most = len(images) - len(classes)
+    most = max(len(images) - len(classes), 0)
     if HOLD_OUT > most:
         raise SystemExit(
             f"HOLD_OUT = {HOLD_OUT} in data.py must be at most {most}: "
             f"{dataset_name()} has {len(images)} training images in {len(classes)} classes."
         )
-    held = hold_out_positions(labels, HOLD_OUT)
-    kept = np.setdiff1d(np.arange(len(images)), held)
-    statistics = _statistics(images)
-    train = _image_set(add_border(images[kept], SHIFT), labels[kept], classes, kept, *statistics, device)
-    return train, _image_set(images[held], labels[held], classes, held, *statistics, device) if HOLD_OUT else None
+    held_out = hold_out_positions(labels, HOLD_OUT)
+    rest = np.setdiff1d(np.arange(len(images)), held_out)
+    mean, std = channel_statistics(images[rest])
+    own = mean, std, fingerprint(images[rest], labels[rest], classes, mean, std)
+    train = _image_set(add_border(images[rest], SHIFT), labels[rest], classes, rest, device, *own)
+    hold_out = _image_set(images[held_out], labels[held_out], classes, held_out, device, *own)
+    return train, hold_out if HOLD_OUT else None
 
 
 def load_test(device: torch.device | str) -> ImageSet:
     """The test images. Only evaluate.py calls this: nothing is chosen by looking at them.
 
-    mean and std are the training images' for CIFAR-10 and the test images' own for other data; use a checkpoint's.
+    How to normalise them is each network's own: see `ImageSet.normalised_as_in`.
     """
     images, labels, classes = _read("test")
-    return _image_set(images, labels, classes, np.arange(len(images)), *_statistics(images), device)
+    return _image_set(images, labels, classes, np.arange(len(images)), device)
 
 
 def batches(
@@ -120,9 +116,9 @@ def batches(
     if seed is not None:
         order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch or 0]).permutation(count)).to(device)
 
-    number, among = processes()
+    rank, world_size = processes()
     for batch in order.tensor_split(batch_count(count, batch_size)):
-        positions = batch.tensor_split(among)[number]
+        positions = batch.tensor_split(world_size)[rank]
         images = crops[positions, down[positions], right[positions]]
         if epoch is not None:
             images = torch.where(mirrored[positions, None, None, None], images.flip(2), images)
@@ -157,7 +153,7 @@ def normalise(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 def normalisation(split: ImageSet) -> tuple[Tensor, Tensor]:
     """What `normalise` needs to make (image / 255 - mean) / std of the split's images, on their device."""
-    mean, std = torch.tensor([split.mean, split.std], device=split.images.device)
+    mean, std = torch.tensor([split.mean, split.std]).to(split.images.device)
     return (1 / (255 * std)).repeat(SIZE), (-mean / std).repeat(SIZE)
 
 
@@ -194,101 +190,71 @@ def _dataset() -> str:
 
 
 def dataset_name() -> str:
-    """What the checkpoints' folder is called: the DATASET's own name, or the folder's."""
+    """What the checkpoints' folder is called: the DATASET's own name, or a folder's with a hash of its whole path."""
     dataset = _dataset()
     if dataset in ("cifar10", "synthetic"):
         return dataset
-    name = Path(dataset).resolve().name
-    return f"{name}-folder" if name in ("cifar10", "synthetic") else name
+    path = Path(dataset).resolve()
+    return f"{path.name}-{fingerprint(str(path))[:6]}"
 
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
+    check_constants(__file__, globals())
     dataset = _dataset()
-    number, among = processes()
-    if number > 0:
-        torch.distributed.barrier()  # until the first has downloaded or decoded what the others then find
     if dataset == "cifar10":
         images, labels, classes = _cifar10(split)
     elif dataset == "synthetic":
         images, labels, classes = synthetic(split)
     else:
         images, labels, classes = _folder(Path(dataset), split)
-    if among > 1 and number == 0:
-        torch.distributed.barrier()
     return images, np.asarray(labels, dtype=np.int64), tuple(classes)
 
 
-def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return CIFAR10_STATISTICS if dataset_name() == "cifar10" else channel_statistics(images)
-
-
-def _image_set(images, labels, classes, index, mean, std, device) -> ImageSet:
+def _image_set(images, labels, classes, index, device, *statistics) -> ImageSet:
     images, labels, index = (torch.from_numpy(array).to(device) for array in (images, labels, index))
-    return ImageSet(dataset_name(), classes, images, labels, index, mean, std)
-
-
-def _data_dir() -> Path:
-    given = os.environ.get("DATA_DIR")
-    check("data.py", "DATA_DIR", DATA_DIR, str)
-    return Path(given) if given else Path(__file__).parent / DATA_DIR
+    return ImageSet(dataset_name(), classes, images, labels, index, *statistics)
 
 
 def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
-    where = _data_dir()
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL)
+    folder = Path(os.environ.get("DATA_DIR") or Path(__file__).parent / DATA_DIR)
+    rank, world_size = processes()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        loaded = CIFAR10(where, train=split == "train", download=True)
+        if rank > 0:
+            torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
+        loaded = CIFAR10(folder, train=split == "train", download=True)
+        if rank == 0 and world_size > 1:
+            torch.distributed.barrier()
     except (OSError, EOFError, RuntimeError, tarfile.TarError, zlib.error) as error:  # OSError: no network, no disk
         raise SystemExit(
-            f"CIFAR-10 is not in {where} and could not be downloaded ({error}): put a sound {CIFAR10.filename} there "
+            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}): put a sound {CIFAR10.filename} there "
             f"(from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
         ) from None
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
     return loaded.data, loaded.targets, loaded.classes
 
 
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
-    """root/<split>/<class>/*, as torchvision's ImageFolder finds them, resized to 32x32 and kept so in DATA_DIR."""
+    """root/<split>/<class>/*, all the files that Pillow knows by their endings, resized to 32x32."""
     if not root.is_dir():
         raise SystemExit(f"DATASET = {str(root)!r} (data.py) must be cifar10, synthetic or a folder that exists.")
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise SystemExit(f"The folder {root} (DATASET) has no {part}/ in it: it needs {part}/<class>/<images>.")
-    names = {
-        part: sorted(entry.name for entry in (root / part).iterdir() if entry.is_dir()) for part in ("train", "test")
-    }
-    if names["train"] != names["test"]:
-        only = sorted(set(names["train"]) ^ set(names["test"]))
+    train, test = ({entry.name for entry in (root / part).iterdir() if entry.is_dir()} for part in ("train", "test"))
+    if train != test:
+        only = sorted(train ^ test)
         raise SystemExit(f"train/ and test/ in {root} (DATASET) must hold the same classes; only one has {only[:5]}.")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
-        folder = ImageFolder(root / split)
+        folder = ImageFolder(root / split, is_valid_file=lambda path: Path(path).suffix.lower() in endings)
     except FileNotFoundError as error:
         raise SystemExit(f"{root / split} (DATASET) must hold one folder of images per class: {error}.") from None
-
-    # Kept under what the decoded images depend on: each file's name, size and time of change.
-    listing = [(path, *_size_and_time(path)) for path, _ in folder.samples]
-    key = hashlib.sha256(repr((SIZE, listing)).encode()).hexdigest()
-    cache = _data_dir() / "decoded" / f"{dataset_name()}-{split}-{key[:16]}.npy"
-    images = _read_cache(cache, len(listing))
-    if images is None:
-        with ThreadPoolExecutor() as pool:  # threads, not processes: decoding releases Python's lock
-            bar = tqdm(listing, f"reading {root / split}", unit=" images", disable=no_bar(), leave=False)
-            images = np.stack(list(pool.map(read_image, (path for path, *_ in bar))))
-        try:
-            for stale in cache.parent.glob(f"{dataset_name()}-{split}-*.npy"):
-                stale.unlink(missing_ok=True)
-            write_whole(cache, lambda file: np.save(file, images))
-        except OSError as error:
-            print(f"The decoded images could not be kept in {cache.parent} ({error}); the next run decodes them again.")
-    return images, folder.targets, folder.classes
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    bar = tqdm(folder.samples, f"reading {root / split}", unit=" images", disable=bar_disabled(), leave=False)
+    return np.stack([read_image(path) for path, _ in bar]), folder.targets, folder.classes
 
 
 def read_image(path: str) -> np.ndarray:
@@ -302,21 +268,12 @@ def read_image(path: str) -> np.ndarray:
         raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
 
 
-def _read_cache(path: Path, count: int) -> np.ndarray | None:
-    """The decoded images kept at path, or None where there are none or the file is not whole."""
-    try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return images if images.dtype == np.uint8 and images.shape == (count, SIZE, SIZE, 3) else None
-
-
 def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Ten classes of drawn images, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
+    """Ten classes of drawn flowers, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
 
-    A class is a flower with 3 to 7 petals, filled or as an outline. Place, size, turn, squeeze, depth of the petals,
-    colours and background vary from image to image. Neighbours in the number of petals resemble each other, the more
-    the shallower the petals are, so that a teacher's doubt carries information.
+    A class is a number of petals, 3 to 7, filled or as an outline. The label is truly uncertain: a flower stands
+    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. Place, size, turn, squeeze, depth of
+    the petals, colours and background vary from image to image.
     """
     count = SYNTHETIC_IMAGES[split]
     rng = np.random.default_rng([DRAWING, split == "test"])
@@ -324,17 +281,19 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     def draw(low, high, *shape):
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
-    labels = np.arange(count) % 10
-    petals, outlined = 3 + labels // 2, labels % 2 == 1
+    petals, outlined = draw(2.5, 7.5).clip(3, 7), np.arange(count) % 2
+    chances = synthetic_chances(petals)
+    labels = 2 * (chances.cumsum(1) < draw(0, 1, 1)).sum(1) + outlined
+    fewer, share = np.floor(petals)[:, None, None], (petals % 1)[:, None, None]
     grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
     x = grid[None, None, :] - draw(-5, 5, 1, 1)
     y = grid[None, :, None] - draw(-5, 5, 1, 1)
     turn, squeeze = draw(0, 2 * np.pi, 1, 1), draw(0.83, 1.2, 1, 1)
     x, y = (x * np.cos(turn) - y * np.sin(turn)) * squeeze, (x * np.sin(turn) + y * np.cos(turn)) / squeeze
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    edge = draw(7, 12, 1, 1) * (1 + draw(0.1, 0.35, 1, 1) * np.cos(petals[:, None, None] * angle + draw(0, 6.3, 1, 1)))
-    inside = edge - radius  # pixels from the outline, positive within
-    shape = np.where(outlined[:, None, None], 1.5 - np.abs(inside - 1.5), inside)
+    waves = (1 - share) * np.cos(fewer * angle) + share * np.cos((fewer + 1) * angle)
+    inside = draw(7, 12, 1, 1) * (1 + draw(0.2, 0.35, 1, 1) * waves) - radius  # pixels from the edge, positive within
+    shape = np.where(outlined[:, None, None] == 1, 1.5 - np.abs(inside - 1.5), inside)
     cover = np.clip(shape + 0.5, 0, 1)[..., None]
 
     def texture():
@@ -349,63 +308,83 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.4, 1, 1, 3)  # lighter or darker, in each channel
     images = (1 - cover) * (ground + texture()) + cover * (flower + texture())
     images += rng.normal(0, 0.06, images.shape).astype(np.float32)
-    names = [f"{number}-petals-{form}" for number in range(3, 8) for form in ("filled", "outlined")]
+    names = [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
     return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
 
 
-# What data.py and models.py share -------------------------------------------------------------------------------------
+def synthetic_chances(petals: np.ndarray) -> np.ndarray:
+    """With which chance a flower of that many petals [N], 3 to 7, is labelled as one of 3, 4, 5, 6 and 7: [N, 5]."""
+    fewer = np.floor(petals).clip(3, 6)
+    more = 1 / (1 + np.exp(-12 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
+    numbers = np.arange(3, 8)
+    return (numbers == fewer[:, None]) * (1 - more)[:, None] + (numbers == fewer[:, None] + 1) * more[:, None]
 
 
-def check(
-    file: str, name: str, value, kind: type, low: float = 0, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Ends the script with one sentence unless value is a `kind`; a number from low (excluded if open_low) to high."""
+# What all scripts share -----------------------------------------------------------------------------------------------
+
+LIMITS = {  # constant: type, least, most, and "above" where the least itself is not allowed
+    "DATA_DIR": (str,),
+    "CHECKPOINT_DIR": (str,),
+    "BFLOAT16": (bool,),
+    "COMPILE": (bool,),
+    "HOLD_OUT": (int, 0),
+    "VIEW_SEED": (int, 0),
+    "SHIFT": (int, 0, SIZE - 1),
+    "SEED": (int, 0, 2**63 - 1),
+    "EPOCHS": (int, 1),
+    "BATCH_SIZE": (int, 1),
+    "LEARNING_RATE": (float, 0, 1e38, "above"),
+    "WEIGHT_DECAY": (float, 0, 1e38),
+    "LABEL_SMOOTHING": (float, 0, 1),
+    "TEMPERATURE": (float, 0.01, 100),  # beyond, float32 keeps too few digits of the loss
+    "KD_WEIGHT": (float, 0, 1),
+    "MOMENTUM": (float, 0, 1, "above"),
+    "MUON_MOMENTUM": (float, 0, 1),
+    "MUON_SHARE": (float, 0, 1e38, "above"),
+    "WARM_UP": (float, 0, 1),
+}
+
+
+def check_constants(file: str, constants: dict) -> dict:
+    """Checks those of a file's global names that have limits. Returns the numbers, which decide what a training does."""
+    limited = {name: constants[name] for name in LIMITS if name in constants}
+    for name, value in limited.items():
+        check(Path(file).name, name, value, *LIMITS[name])
+    return {name: value for name, value in limited.items() if LIMITS[name][0] in (int, float)}
+
+
+def check(file: str, name: str, value, kind: type, low: float = 0, high: float = math.inf, above: str = "") -> None:
+    """Ends the script with one sentence unless value is a `kind`; a number from low (above it if so said) to high."""
     if kind in (bool, str):
         if not isinstance(value, kind) or value == "":
             wanted = "True or False" if kind is bool else "a text that is not empty"
             raise SystemExit(f"{name} = {value!r} in {file} must be {wanted}.")
         return
     kinds = (int, float) if kind is float else kind
-    sound = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not (sound and (low < value if open_low else low <= value) and value <= high):
+    valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not (valid and (low < value if above else low <= value) and value <= high):
         number = "a whole number" if kind is int else "a number"
-        bounds = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        bounds = f"{above or 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
         raise SystemExit(f"{name} = {value!r} in {file} must be {number} {bounds}.")
 
 
-def no_bar() -> bool | None:
-    """tqdm's `disable`: False in a notebook, True in all processes but the first, else None: where no terminal is."""
+def fingerprint(*parts) -> str:
+    """16 hexadecimal digits that follow from arrays and from the `repr` of plain values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def bar_disabled() -> bool | None:
+    """tqdm's `disable`: False in a notebook, True in all processes but rank 0, else None: where no terminal is."""
     if processes()[0] > 0:
         return True
     return False if "ipykernel" in sys.modules else None
 
 
 def processes() -> tuple[int, int]:
-    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    """This process's rank and the world size: (0, 1) unless torchrun started several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it.
-
-    So path is either whole or as it was, whenever the power goes. Raises OSError where that cannot be done.
-    Of several processes only the first writes.
-    """
-    if processes()[0] > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed while it wrote
-        with contextlib.suppress(FileNotFoundError):  # another run may be faster
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
     python evaluate.py
 
-Prints a table and writes results.json beside the checkpoints.
+Prints a table and writes results.json, and with matplotlib results.png, beside the checkpoints.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,25 +18,42 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import models
+from data import ImageSet
 
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
+UNDECIDED = 4  # test images on which the teacher is undecided that are shown
+COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share seen in `count` independent trials (Wilson 1927)."""
     centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return centre - half, centre + half
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))  # whatever rounding does
 
 
-def paired_difference(right: Tensor, right_before: Tensor) -> tuple[float, float, float]:
-    """How much more often `right` [N] is true than `right_before` [N] on the same images, in points, with its 95 %
+def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, float, float]:
+    """How much more often `correct` [N] is true than `correct_before` [N] on the same images, in points, with its 95 %
     interval: (difference, low, high). Images on which both agree do not blur it."""
-    difference = 100 * (right.double() - right_before.double())
+    difference = 100 * (correct.double() - correct_before.double())
     half = Z * difference.std(correction=0).item() / math.sqrt(len(difference))
     mean = difference.mean().item()
     return mean, mean - half, mean + half
+
+
+def gap_interval(teacher: Tensor, student: Tensor, distilled: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the share of the gap that is closed, (distilled - student) / (teacher - student).
+
+    teacher, student, distilled: whether each is correct on each test image, bool [N]. By a paired bootstrap: 10,000
+    times N images drawn with replacement, always the same ones.
+    """
+    changes = torch.stack([distilled, teacher]).int() - student.int()
+    kinds, counts = np.unique(changes.numpy(), axis=1, return_counts=True)  # nine kinds of images at most
+    drawn = np.random.default_rng(0).multinomial(len(student), counts / len(student), size=10_000)
+    gains, gaps = kinds @ drawn.T
+    low, high = np.percentile(gains / np.maximum(gaps, 1), [2.5, 97.5])
+    return low.item(), high.item()
 
 
 def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,20 +71,20 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Expected calibration error: mean gap between confidence and accuracy over the bins of `reliability`, weighted by
     the images in each (Guo et al. 2017, arXiv:1706.04599). logits [N, classes], labels [N]; 0 to 1."""
-    confidence, right, share = reliability(logits, labels)
-    return ((confidence - right).abs() * share).sum().item()
+    confidence, correct, share = reliability(logits, labels)
+    return ((confidence - correct).abs() * share).sum().item()
 
 
 def class_accuracies(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
-    """The share of right answers among the images of each class that has any. logits [N, classes], labels [N]."""
-    right, counts = (logits.argmax(1) == labels).double(), torch.bincount(labels, minlength=len(classes))
-    shares = (torch.bincount(labels, right, minlength=len(classes)) / counts).tolist()
+    """The share of correct answers among the images of each class that has any. logits [N, classes], labels [N]."""
+    correct, counts = (logits.argmax(1) == labels).double(), torch.bincount(labels, minlength=len(classes))
+    shares = (torch.bincount(labels, correct, minlength=len(classes)) / counts).tolist()
     return {name: share for name, share, count in zip(classes, shares, counts.tolist()) if count}
 
 
 def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
     """Of the network's matrix products and convolutions for one image [1, 3, H, W]."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # inference mode breaks it for parametrizations
         network(image)
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
 
@@ -82,152 +100,193 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[2:])
 
 
-def main() -> None:
-    device = models.best_device()
-    test = data.load_test(device)
-    labels = test.labels.cpu()
-    logits, figures, fingerprints, curves = {}, {}, {}, {}
-    for name, script in models.SCRIPTS.items():
-        if not models.checkpoint_path(test.dataset, name).is_file():
-            print(f"There is no {name} yet: python {script} makes it.")
-            continue
-        network, checkpoint = models.load_checkpoint(name, test.dataset, test.classes, device)
-        test.mean, test.std = checkpoint["mean"], checkpoint["std"]
-        logits[name] = models.predict(network, test).cpu()
-        fingerprints[name] = models.fingerprint(network)
-        curves[name] = checkpoint.get("curve", [])
-        share = models.accuracy(logits[name], labels)
-        batch = next(data.batches(test, 500))[0]
-        figures[name] = {
-            "accuracy": share,
-            "accuracy_ci95": wilson_interval(share, len(test)),
-            "loss": F.cross_entropy(logits[name], labels).item(),
-            "ece": calibration_error(logits[name], labels),
-            "agreement_with_teacher": None,
-            "class_accuracy": class_accuracies(logits[name], labels, test.classes),
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "macs": multiply_accumulates(network, batch[:1]),
-            "images_per_second": images_per_second(network, batch),
-            "training_seconds": checkpoint["seconds"],
-            "recipe": checkpoint["recipe"],
-        }
-    if not figures:
-        raise SystemExit(f"There is nothing to evaluate in {models.checkpoint_folder(test.dataset)}.")
+def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, dict]:
+    """The figures of one network, its logits for the test images [N, classes] on the CPU, its checkpoint."""
+    network, checkpoint = models.load_checkpoint(name, test.dataset, test)
+    test = test.normalised_as_in(checkpoint)
+    logits, labels = models.predict(network, test).cpu(), test.labels
+    if not logits.isfinite().all():
+        raise SystemExit(f"The logits of {name}.pt are not finite: run python {models.SCRIPTS[name]} again.")
+    batch = torch.rand(10_000 if labels.is_cuda else 500, 3, data.SIZE, data.SIZE, device=labels.device)
+    batch, labels = batch.contiguous(memory_format=torch.channels_last), labels.cpu()
+    share = models.accuracy(logits, labels)
+    figures = {
+        "accuracy": share,
+        "accuracy_ci95": wilson_interval(share, len(test)),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "ece": calibration_error(logits, labels),
+        "agreement_with_teacher": None,
+        "class_accuracy": class_accuracies(logits, labels, test.classes),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "macs": multiply_accumulates(network, batch[:1]),
+        "images_per_second": images_per_second(network, batch),
+        "training_seconds": checkpoint["seconds"],
+        "fingerprint": models.fingerprint(network),
+        "recipe": checkpoint["recipe"],
+    }
+    return figures, logits, checkpoint
+
+
+def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor) -> tuple[dict, list[str]]:
+    """What the networks' figures show together, as results.json has it, and the sentences that say it."""
+    results, sentences = {"distilled_minus_student": None, "gap_closed": None, "gap_closed_ci95": None}, []
+    correct = {name: answers.argmax(1) == labels for name, answers in logits.items()}
     if "teacher" in logits:
         for name, row in figures.items():
             row["agreement_with_teacher"] = models.accuracy(logits[name], logits["teacher"].argmax(1))
-
-    results = {
-        "dataset": test.dataset,
-        "device": device.type,
-        "torch": torch.__version__,
-        "test_images": len(test),
-        "models": figures,
-        "distilled_minus_student": None,
-        "gap_closed": None,
-    }
-    print_table(results)
-    if "student" in figures and "distilled" in figures:
-        points, low, high = paired_difference(*(logits[name].argmax(1) == labels for name in ("distilled", "student")))
-        results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
-        print(f"\ndistilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}")
-        gap = 100 * (figures["teacher"]["accuracy"] - figures["student"]["accuracy"]) if "teacher" in figures else 0
-        if gap > 0:
+    if not {"student", "distilled"} <= figures.keys():
+        return results, sentences
+    points, low, high = paired_difference(correct["distilled"], correct["student"])
+    results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
+    sentences.append(f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.")
+    if low <= 0 <= high:
+        sentences.append(f"That is no difference that {len(labels):,} test images can show.")
+    else:
+        gap, least, _ = paired_difference(correct["teacher"], correct["student"]) if "teacher" in correct else (0, 0, 0)
+        if least > 0:
             results["gap_closed"] = points / gap
-            print(f"Distillation closed {100 * points / gap:.0f} % of the gap of {gap:.2f} points to the teacher.")
-        print_differences(figures["student"]["recipe"], figures["distilled"]["recipe"])
-        if "teacher" in figures and figures["distilled"]["recipe"].get("teacher") != fingerprints["teacher"]:
-            print("The distilled student was taught by another teacher than teacher.pt: run python distill.py again.")
-    path = models.checkpoint_folder(test.dataset) / "results.json"
-    models.write(path, lambda file: file.write((json.dumps(results, indent=2) + "\n").encode()))
+            results["gap_closed_ci95"] = low, high = gap_interval(**correct)
+            share = f"{points / gap:.0%} ({low:.0%} to {high:.0%})"
+            sentences.append(f"Distillation closed {share} of the gap of {gap:.2f} points to the teacher.")
+    student, distilled = (figures[name]["recipe"] for name in ("student", "distilled"))
+    differing = models.differences(student, {name: distilled.get(name) for name in student})
+    if differing:
+        sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
+    if "teacher" in figures and distilled.get("teacher") != figures["teacher"]["fingerprint"]:
+        sentences.append("The distilled student had another teacher than teacher.pt: run python distill.py again.")
+    return results, sentences
+
+
+def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
+    """The UNDECIDED test images on which the teacher's two likeliest classes are nearest to each other in probability.
+
+    For each its number, its label and the teacher's three likeliest classes, with their probabilities by the teacher
+    (at temperature 1, and softened as the distilled student learned them), the student and the distilled student.
+    """
+    likeliest = logits["teacher"].softmax(1).topk(2).values
+    rows = []
+    for image in (likeliest[:, 0] - likeliest[:, 1]).argsort()[:UNDECIDED].tolist():
+        top = logits["teacher"][image].topk(min(3, len(classes))).indices
+        softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
+        shares = {name: part[image].softmax(0)[top].tolist() for name, part in (softened | logits).items()}
+        rows.append({"image": image, "label": classes[labels[image]], "classes": [classes[k] for k in top], **shares})
+    return rows
+
+
+def main() -> None:
+    device = models.setup()
+    test = data.load_test(device)
+    labels, figures, logits, checkpoints = test.labels.cpu(), {}, {}, {}
+    for name, script in models.SCRIPTS.items():
+        if models.checkpoint_path(test.dataset, name).is_file():
+            figures[name], logits[name], checkpoints[name] = measure(name, test)
+        else:
+            print(f"There is no {name} yet: python {script} makes it.")
+    path = models.checkpoint_path(test.dataset, "results").with_suffix(".json")
+    if not figures:
+        raise SystemExit(f"There is nothing to evaluate in {path.parent}.")
+    about = {"dataset": test.dataset, "device": device.type, "torch": torch.__version__, "test_images": len(test)}
+    comparison, sentences = compare(figures, logits, labels)
+    results = about | {"models": figures} | comparison | {"undecided": []}
+    if len(logits) == 3:
+        temperature = checkpoints["distilled"]["recipe"]["TEMPERATURE"]
+        results["undecided"] = undecided(logits, labels, test.classes, temperature)
+    show(results, sentences)
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    models.write_atomically(path, lambda file: file.write(text.encode()))
     print(f"Written to {path}.")
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         print("With matplotlib (pip install matplotlib) there would be a results.png beside it.")
-    else:
-        figure = Figure(figsize=(9, 7.5), layout="constrained", facecolor="white")  # white: legible on any ground
-        draw(figure, results, curves, {name: reliability(answers, labels) for name, answers in logits.items()})
-        models.write(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=100))
-        print(f"Drawn in {path.with_suffix('.png')}.")
+        return
+    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
+        figure = Figure(figsize=(10, 11), layout="constrained", facecolor="white")  # white: legible on any ground
+        bins = {name: reliability(answers, labels) for name, answers in logits.items()}
+        pictures = [test.images[row["image"]].cpu().numpy() for row in results["undecided"]]
+        draw(figure, results, {name: part.get("curve", []) for name, part in checkpoints.items()}, bins, pictures)
+        models.write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=90))
+    print(f"Drawn in {path.with_suffix('.png')}.")
 
 
-def draw(figure, results: dict, curves: dict[str, list[dict]], bins: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Draws four pictures on a figure of matplotlib's: size and accuracy, learning, calibration, classes.
+def show(results: dict, sentences: list[str]) -> None:
+    """Prints the figures of all networks, the sentences of `compare`, and what `undecided` found."""
+    print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
+    row = "{:10}{:>22}{:>8}{:>7}{:>13}{:>12}{:>13}{:>11}".format
+    print(row("", "accuracy % (95 %)", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
+    for name, part in results["models"].items():
+        low, high = part["accuracy_ci95"]
+        share, agreement = f"{100 * part['accuracy']:.2f} ({100 * low:.2f}-{100 * high:.2f})", "-"
+        if part["agreement_with_teacher"] is not None:
+            agreement = f"{100 * part['agreement_with_teacher']:.2f}"
+        cost = (f"{part[key]:,.0f}" for key in ("parameters", "macs", "images_per_second"))
+        print(row(name, share, f"{part['loss']:.4f}", f"{100 * part['ece']:.2f}", agreement, *cost))
+    print("", *sentences, sep="\n")
+    if results["undecided"]:
+        columns = list(results["undecided"][0])[3:]
+        print("\nTest images on which the teacher's two likeliest classes are nearest to each other, in %:")
+        print(f"{'':40}{''.join(f'{column:>15}' for column in columns)}")
+    for part in results["undecided"]:
+        title = f"image {part['image']}, {part['label']}"
+        for number, name in enumerate(part["classes"]):
+            shares = "".join(f"{100 * part[column][number]:15.1f}" for column in columns)
+            print(f"{title if number == 0 else '':24.23}{name:16.15}{shares}")
 
-    results: what results.json holds. curves: of each network, what `models.Run` tells of each epoch. bins: of each
-    network, its `reliability`.
+
+def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> None:
+    """Draws on a figure of matplotlib's: accuracy and cost, learning, calibration, classes, and undecided images.
+
+    results: what results.json holds. curves: of each network, that of `models.Run`. bins: of each network, its
+    `reliability`. pictures: uint8 [H, W, 3] each, those of results["undecided"].
     """
-    sizes, learning, calibration, classes = figure.subplots(2, 2).flat
-    rows = results["models"]
-    colours = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
-    for name, row in rows.items():
-        share, colour = 100 * row["accuracy"], colours[name]
-        ends = [[share - 100 * row["accuracy_ci95"][0]], [100 * row["accuracy_ci95"][1] - share]]
+    rows = [["cost"] * 6 + ["learning"] * 6, ["calibration"] * 6 + ["classes"] * 6]
+    if pictures:
+        rows += [[f"{what} {column // 3}" for column in range(12)] for what in ("picture", "shares")]
+    axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 1.6, 1.9][: len(rows)])
+    cost, learning, calibration, classes = (axes[name] for name in ("cost", "learning", "calibration", "classes"))
+    networks = results["models"]
+    for name, row in networks.items():
+        (low, high), colour = row["accuracy_ci95"], COLOURS[name]
+        ends = [[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]]
         aside = 1.06 if name == "distilled" else 1  # or it would hide the student
-        sizes.errorbar(row["macs"] / 1e6 * aside, share, ends, fmt="o", color=colour, capsize=4, label=name)
-        learning.plot(
-            [line["epoch"] for line in curves[name]],
-            [100 * line["accuracy"] for line in curves[name]],
-            color=colour,
-            label=name,
-        )
-        held = [line for line in curves[name] if line["hold_out_accuracy"] is not None]
-        learning.plot(
-            [line["epoch"] for line in held],
-            [100 * line["hold_out_accuracy"] for line in held],
-            color=colour,
-            linestyle="--",
-            label=f"{name}, hold-out" if held else None,
-        )
-        confidence, right, share = bins[name]
-        filled = share > 0
-        calibration.plot(100 * confidence[filled], 100 * right[filled], "o-", color=colour, markersize=3, label=name)
-    costs = sorted({row["macs"] / 1e6 for row in rows.values()})
-    sizes.set(xscale="log", xlabel="million multiply-accumulates per image", ylabel="test accuracy, %")
-    sizes.set_xticks(costs, [f"{cost:.3g}" for cost in costs])
-    sizes.set_xticks([], minor=True)
-    sizes.set_title("Accuracy and cost, 95 % intervals")
-    learning.set(xlabel="epoch", ylabel="accuracy, %", title="Learning (training views)")
+        cost.errorbar(row["macs"] / 1e6 * aside, 100 * row["accuracy"], ends, fmt="o", color=colour, capsize=4, label=name)
+        epochs, values = ([line[key] for line in curves[name]] for key in ("epoch", "cross_entropy"))
+        learning.plot(epochs, values, color=colour, label=name)
+        confidence, correct, share = (100 * part for part in bins[name])
+        calibration.plot(confidence[share > 0], correct[share > 0], "o-", color=colour, markersize=3, label=name)
+    cost.set(title="Accuracy and cost, 95 % intervals", ylabel="test accuracy, %")
+    cost.set(xscale="log", xlabel="multiply-accumulates per image, millions")
+    costs = sorted({row["macs"] / 1e6 for row in networks.values()})
+    cost.set_xticks(costs, [f"{value:.3g}" for value in costs])
+    cost.set_xticks([], minor=True)
+    learning.set(title="Learning (training views)", xlabel="epoch", ylabel="cross-entropy on the labels")
     calibration.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, zorder=0)
-    calibration.set(xlabel="confidence, %", ylabel="test accuracy, %", title="Calibration (the diagonal is perfect)")
-    for part in (sizes, learning, calibration):
+    calibration.set(title="Calibration (the diagonal is perfect)", xlabel="confidence, %", ylabel="test accuracy, %")
+    for part in (cost, learning, calibration):
         part.legend(fontsize="small")
     classes.set(title="Distilled minus student, by class", xlabel="points")
-    if {"student", "distilled"} <= rows.keys():
-        before, after = (rows[name]["class_accuracy"] for name in ("student", "distilled"))
+    if {"student", "distilled"} <= networks.keys():
+        before, after = (networks[name]["class_accuracy"] for name in ("student", "distilled"))
         gains = sorted((100 * (after[name] - before[name]), name) for name in before)
         gains = gains if len(gains) <= 12 else gains[:6] + gains[-6:]  # the least and the most helped
-        classes.barh([name for _, name in gains], [gain for gain, _ in gains], color=colours["distilled"])
+        classes.barh([name for _, name in gains], [gain for gain, _ in gains], color=COLOURS["distilled"])
         classes.axvline(0, color="black", linewidth=0.8)
+    for number, (row, picture) in enumerate(zip(results["undecided"], pictures)):
+        image, shares = axes[f"picture {number}"], axes[f"shares {number}"]
+        image.imshow(picture)
+        image.set_title(f"labelled {row['label']}", fontsize="medium")
+        image.axis("off")
+        for place, name in enumerate(list(row)[3:]):
+            where = [k + 0.2 * (place - 1.5) for k in range(len(row["classes"]))]
+            shares.barh(where, [100 * share for share in row[name]], 0.2, color=COLOURS.get(name, "#aaaaaa"), label=name)
+        shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
+        shares.invert_yaxis()
+        shares.set(xlabel="probability, %", xlim=(0, 100))
+    if pictures:
+        axes["shares 0"].legend(fontsize="x-small", loc="lower right")
     figure.suptitle(f"{results['test_images']:,} test images of {results['dataset']}")
 
 
-def print_table(results: dict) -> None:
-    """Prints the figures of all networks, in at most 100 columns."""
-    print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
-    print(
-        f"{'':10}{'accuracy % (95 %)':>22}{'loss':>8}{'ECE %':>7}{'= teacher %':>13}"
-        f"{'parameters':>12}{'MACs':>13}{'images/s':>11}"
-    )
-    for name, row in results["models"].items():
-        low, high = row["accuracy_ci95"]
-        interval = f"{100 * row['accuracy']:.2f} ({100 * low:.2f}-{100 * high:.2f})"
-        agreement = row["agreement_with_teacher"]
-        print(
-            f"{name:10}{interval:>22}{row['loss']:8.4f}{100 * row['ece']:7.2f}"
-            f"{'-' if agreement is None else f'{100 * agreement:.2f}':>13}"
-            f"{row['parameters']:12,}{row['macs']:13,}{row['images_per_second']:11,.0f}"
-        )
-
-
-def print_differences(student: dict, distilled: dict) -> None:
-    """Says which constants, other than distillation's own, the two students were not trained alike with."""
-    differing = [name for name in student if student[name] != distilled.get(name)]
-    if differing:
-        told = ", ".join(f"{name} ({student[name]} and {distilled.get(name)})" for name in differing)
-        print(f"Not a fair comparison: student and distilled were trained with different {told}.")
-
-
 if __name__ == "__main__":
-    main()
+    models.run_script(main)

@@ -1,11 +1,11 @@
-"""The networks, and what every script does with one: device, optimizer, checkpoints, a run that survives its end."""
+"""The networks, and what every script does with one: device, optimizer, checkpoints, resumable training."""
 
-import atexit
-import copy
 import csv
 import datetime
+import functools
+import glob
 import hashlib
-import io
+import json
 import math
 import os
 import pickle
@@ -19,24 +19,23 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
-from data import ImageSet, check, write_whole
+from data import ImageSet, check, check_constants
 
 TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, and of each stage at half the resolution of the last
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
-MOMENTUM = 0.9  # Nesterov's
-MUON_MOMENTUM = 0.6  # the same, for kernels of convolutions
-MUON_SHARE = 0.25  # of LEARNING_RATE: by how much a step turns such a kernel, in radians
+MOMENTUM = 0.9  # of SGD, Nesterov's
+MUON_MOMENTUM = 0.6  # of Muon
+MUON_SHARE = 0.25  # of LEARNING_RATE: by how much a step of Muon turns a kernel, in radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
-BFLOAT16 = True  # the products in bfloat16 where the processor is made for it, as fast again; False: float32 everywhere
+BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 COMPILE = False  # torch.compile the network that is trained; needs a C++ compiler, and does not always pay
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
 
-SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}  # who makes which
+SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
+ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 
 
 # Networks: anything that maps [B, 3, 32, 32] to [B, classes] can be returned by teacher() or student() ---------------
@@ -61,7 +60,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, classes: int, widths: tuple[int, ...]):
         super().__init__()
-        self.widths = tuple(widths)
+        self.widths = tuple(widths)  # a checkpoint keeps them, to rebuild the network
         self.stem = nn.Conv2d(3, widths[0], kernel_size=2)
         self.stages = nn.Sequential(*(Stage(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
@@ -89,8 +88,8 @@ class Stage(nn.Module):
 
 
 def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    if not isinstance(widths, (tuple, list)) or not 2 <= len(widths) <= 5:
-        raise SystemExit(f"{name} = {widths!r} in models.py must be two to five numbers of channels.")
+    if not isinstance(widths, (tuple, list)) or not 2 <= len(widths) <= 4:
+        raise SystemExit(f"{name} = {widths!r} in models.py must be two to four numbers of channels.")
     for width in widths:
         check("models.py", name, width, int, 1)
     return tuple(widths)
@@ -99,108 +98,125 @@ def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
 def new_network(name: str, train: ImageSet, seed: int) -> nn.Module:
     """A `teacher` or `student` on the images' device, with fresh weights that follow from the seed alone."""
     torch.manual_seed(seed)
-    network = {"teacher": teacher, "student": student}[name](len(train.classes))
-    device, several = train.labels.device, data.processes()[1] > 1
-    if several and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of the whole batch; not on the CPU
-    network.to(device, memory_format=torch.channels_last)
+    classes = len(train.classes)
+    network = globals()[name](classes)
+    with torch.no_grad():
+        shape = tuple(network.eval()(torch.zeros(2, 3, data.SIZE, data.SIZE)).shape)  # gives lazy layers their shapes
+    if shape != (2, classes):
+        raise SystemExit(f"{name}() in models.py must map [2, 3, 32, 32] to logits {[2, classes]}, not {list(shape)}.")
     if COMPILE:
         network.compile()
-    return Shared(network) if several else network
+    return network.to(train.labels.device, memory_format=torch.channels_last)
 
 
 # Device, precision, optimizer -----------------------------------------------------------------------------------------
 
 
-def best_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the CPU. A process started by torchrun joins the others here."""
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def setup() -> torch.device:
+    """What every script calls first. Returns its device: CUDA if available, else the CPU.
+
+    A process that torchrun started joins the others here; only rank 0 prints.
+    """
+    check_constants(__file__, globals())
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise SystemExit(f"torchrun must start one process per GPU, {torch.cuda.device_count()} at most here.")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        _join(device)
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if device.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"
+            timeout = datetime.timedelta(hours=1)  # rank 0 may have to download the images
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        if data.processes()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that a console has not
     return device
 
 
-def _join(device: torch.device) -> None:
-    if not torch.distributed.is_initialized():
-        patience = datetime.timedelta(hours=1)  # the first process may have to download the images
-        if device.type == "cuda":
-            torch.distributed.init_process_group("nccl", timeout=patience, device_id=device)
-        else:
-            torch.distributed.init_process_group("gloo", timeout=patience)
-        atexit.register(torch.distributed.destroy_process_group)
-        if data.processes()[0] > 0:
-            sys.stdout = open(os.devnull, "w")  # only the first one tells
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`. Ctrl-C ends it with one sentence."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        if data.processes()[0] == 0:
+            print("\nInterrupted. The same command continues after the last finished epoch.", file=sys.stderr)
+        sys.exit(130)
+    if data.processes()[1] > 1:
+        torch.distributed.destroy_process_group()  # after a failure it could wait for the other ranks forever
 
 
-class Shared(DistributedDataParallel):
-    """A network that is trained by several processes at once, each on its share of every batch.
+@functools.cache
+def has_bfloat16(device_type: str) -> bool:
+    """Whether the device computes in bfloat16 itself, as far as this torch can tell; emulated, it would be slow.
 
-    DistributedDataParallel takes the mean of the processes' gradients. That of a mean loss over the whole batch is the
-    mean weighted by the shares, which may differ by an image: the logits' gradients are weighted accordingly.
+    NVIDIA's GPUs do since Ampere, and x86 processors with AVX512-BF16 (AMD since Zen 4, Intel's servers).
     """
-
-    def __init__(self, network: nn.Module):
-        super().__init__(network)
-        self.broadcast_buffers = False  # `Run` takes their mean after every epoch
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = super().forward(images)
-        whole = torch.full((), len(images), dtype=torch.float32, device=logits.device)
-        torch.distributed.all_reduce(whole)
-        weight = len(images) * data.processes()[1] / whole
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: gradient * weight)
-        return logits
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device_type == "cpu" and capabilities.get("avx512_bf16", False)
 
 
-def precision(device: torch.device) -> str:
-    """Of the convolutions and matrix products: bfloat16 where the device computes in it itself, else float32.
-
-    Those are NVIDIA's GPUs since Ampere, and x86 processors with AVX512-BF16 (AMD since Zen 4, Intel's servers), as far
-    as the torch at hand can tell. Elsewhere it would be emulated, and slow.
-    """
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return "bfloat16" if native and BFLOAT16 else "float32"
+def precision(device: torch.device) -> torch.dtype:
+    """Of convolutions and matrix products."""
+    return torch.bfloat16 if BFLOAT16 and has_bfloat16(device.type) else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum, whose steps for the kernels of convolutions count all directions alike.
+    """SGD with Nesterov momentum; in parameter groups with `muon=True`, Muon for kernels [outputs, inputs, H, W].
 
-    Such a step, as a matrix [outputs, inputs * height * width], is replaced by the nearest one with orthogonal rows, so
-    that few large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    The kernel is held at one length: its learning rate is an angle, and weight decay has nothing to do. A convolution
-    that looks at the image itself (inputs of 3 at most) is left to SGD. torch.optim.Muon is for matrices alone.
+    Muon's step, as a matrix [outputs, inputs * H * W], is replaced by the nearest one with orthogonal rows, so that few
+    large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The kernel is held
+    at one length: its learning rate is an angle, and weight decay has nothing to do. torch.optim.Muon is for matrices.
     """
 
+    batch_size = 1  # this process's images in the step: its weight in the mean of several processes' gradients
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
+        if data.processes()[1] > 1:
+            self._average_gradients()
         for group in self.param_groups:
-            for kernel in group["params"]:
-                if kernel.ndim == 4 and kernel.shape[1] > 3 and kernel.grad is not None:
-                    state = self.state[kernel]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(kernel)
-                    buffer = state["momentum_buffer"].mul_(MUON_MOMENTUM).add_(kernel.grad)
-                    step = orthogonalise(kernel.grad.add(buffer, alpha=MUON_MOMENTUM).flatten(1))
-                    kernel.mul_(len(kernel) ** 0.5 / kernel.norm().clamp(min=1e-7))
-                    kernel.sub_(step.view_as(kernel), alpha=MUON_SHARE * group["lr"])
-                    kernel.grad = None  # the rest is SGD's
-        return super().step(closure)
+            kernels = [kernel for kernel in group["params"] if group["muon"] and kernel.grad is not None]
+            if not kernels:
+                continue
+            gradients = [kernel.grad for kernel in kernels]
+            for kernel in kernels:
+                self.state[kernel].setdefault("momentum_buffer", torch.zeros_like(kernel))
+                kernel.grad = None  # the rest is SGD's
+            buffers = [self.state[kernel]["momentum_buffer"] for kernel in kernels]
+            torch._foreach_mul_(buffers, MUON_MOMENTUM)
+            torch._foreach_add_(buffers, gradients)
+            steps = torch._foreach_add(gradients, buffers, alpha=MUON_MOMENTUM)
+            steps = [orthogonalise(step.flatten(1)).view_as(step) for step in steps]
+            scales = torch._foreach_norm(kernels)
+            torch._foreach_clamp_min_(scales, 1e-7)
+            torch._foreach_reciprocal_(scales)
+            torch._foreach_mul_(scales, [len(kernel) ** 0.5 for kernel in kernels])
+            torch._foreach_mul_(kernels, scales)
+            torch._foreach_sub_(kernels, steps, alpha=MUON_SHARE * group["lr"])
+        super().step()
+
+    def _average_gradients(self) -> None:
+        """Over all processes, each weighted by its images: the gradients of the mean loss over the whole batch."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        shared = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_ones(1)])
+        shared *= self.batch_size
+        torch.distributed.all_reduce(shared)
+        means = (shared[:-1] / shared[-1]).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -209,7 +225,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     By three steps of the Newton-Schulz iteration with the coefficients of Jordan et al. 2024, in matrix products alone.
     """
     wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
-    wide = (wide / (wide.norm() + 1e-7)).to(getattr(torch, precision(matrix.device)))  # singular values of 1 at most
+    wide = (wide / (wide.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
     for _ in range(3):
         product = wide @ wide.mT
         inner = torch.addmm(product, product, product, beta=-4.7750, alpha=2.0315)
@@ -222,49 +238,51 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """`Muon`, and its schedule: a straight line up to learning_rate, a straight line down to 0.
 
-    Weight decay acts on the weights that `Muon` leaves to SGD, but for biases and normalisation.
+    Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. Everything else, in
+    any network, is SGD's, with weight decay on all but biases and normalisation.
     """
+    stages = [module for module in network.modules() if isinstance(module, Stage)]
+    kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if parameter not in kernels]
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p in kernels], "weight_decay": 0.0, "muon": True},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "muon": False},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
     ]
     optimizer = Muon(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
-    rise = max(1, round(WARM_UP * steps))
-    fall = max(1, steps - rise)
+    warmup_steps = max(1, round(WARM_UP * steps))
+    decay_steps = max(1, steps - warmup_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (rise + 1), (steps - step) / fall)
+        optimizer, lambda step: min((step + 1) / (warmup_steps + 1), (steps - step) / decay_steps)
     )
     return optimizer, schedule
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, split: ImageSet, epoch: int | None = None) -> Tensor:
-    """The network's logits, float32 [N, classes], in eval mode: for the images as they are, or for an epoch's views."""
-    device = split.labels.device
-    network = fold(copy.deepcopy(network).eval())
+def predict(network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor:
+    """The network's logits for the images as they are, float32 [N, classes], in eval mode.
+
+    With mirror, the mean of those for each image and for its mirror image.
+    """
+    device, training, parts = split.labels.device, network.training, []
     batch_size = 2000 if device.type == "cuda" else 125  # what fills a GPU, what fits a CPU's cache
-    with autocast(device):
-        own = [(network(images).float(), positions) for images, _, positions in data.batches(split, batch_size, epoch)]
-    logits, positions = (torch.cat(parts) for parts in zip(*own))
+    network.eval()
+    with autocast(device), tqdm(total=len(split), unit=" images", disable=data.bar_disabled(), leave=False) as bar:
+        for images, _, positions in data.batches(split, batch_size):
+            logits = network(images).float()
+            if mirror:
+                logits = (logits + network(images.flip(3)).float()) / 2
+            parts.append((logits, positions))
+            bar.update(len(positions) * data.processes()[1])
+    network.train(training)
+    logits, positions = (torch.cat(part) for part in zip(*parts))
     if data.processes()[1] == 1:
         return logits
     whole = logits.new_zeros(len(split), logits.shape[1])
     whole[positions] = logits
     torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
     return whole
-
-
-def fold(network: nn.Module) -> nn.Module:
-    """Moves the batch normalisations of every `Stage` into its convolutions, in place; for a network in eval mode.
-
-    The answers stay the same up to rounding, for one pass over memory less. Other layers are left as they are.
-    """
-    for stage in [module for module in network.modules() if isinstance(module, Stage)]:
-        stage.conv2, stage.norm2 = fuse_conv_bn_eval(stage.conv2, stage.norm2), nn.Identity()
-        if (stage.norm1.weight > 0).all():  # what does not turn the order around does not change which is the maximum
-            stage.conv1, stage.norm1 = fuse_conv_bn_eval(stage.conv1, stage.norm1), nn.Identity()
-    return network
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -277,62 +295,75 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def checkpoint_path(dataset: str, name: str) -> Path:
     """Where the checkpoint of that name, "teacher", "student" or "distilled", is kept."""
-    return checkpoint_folder(dataset) / f"{name}.pt"
-
-
-def checkpoint_folder(dataset: str) -> Path:
-    given = os.environ.get("CHECKPOINT_DIR")
     check("models.py", "CHECKPOINT_DIR", CHECKPOINT_DIR, str)
-    return (Path(given) if given else Path(__file__).parent / CHECKPOINT_DIR) / dataset
+    folder = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent / CHECKPOINT_DIR)
+    return folder / dataset / f"{name}.pt"
 
 
-def save(path: Path, content: dict) -> None:
-    """Writes content to path, whole or not at all."""
-    write(path, lambda file: torch.save(content, file))
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it, on rank 0.
 
-
-def write(path: Path, by: Callable[[BinaryIO], None]) -> None:
-    """What by(file) writes, at path, whole or not at all; ends the script with one sentence where that cannot be."""
+    So path is either whole or as it was, whenever the power goes. Ends the script with one sentence where it cannot.
+    """
+    if data.processes()[0] > 0:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        write_whole(path, by)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed while it wrote
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink(missing_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise SystemExit(
-            f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere."
-        ) from None
+        raise SystemExit(f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere.") from None
 
 
 def read(path: Path) -> dict | None:
-    """What `save` wrote to path, on the CPU; {} where the file is not one that it wrote, None where there is none.
-
-    In several processes, what the first one reads.
-    """
+    """What torch.save wrote to path, on the CPU: {} where that is no dictionary of tensors and plain values, None where
+    there is no file. Of several processes all get what rank 0 reads."""
     content = None
     if data.processes()[0] == 0 and path.exists():
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise SystemExit(f"{path} may not be read: {error}.") from None
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
             content = {}
         content = content if isinstance(content, dict) else {}
     if data.processes()[1] > 1:
-        box = [content]
-        torch.distributed.broadcast_object_list(box)
+        torch.distributed.broadcast_object_list(box := [content])
         content = box[0]
     return content
 
 
-def save_checkpoint(
-    name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float, curve: Iterable[dict] = ()
-) -> Path:
-    """Saves all that it takes to rebuild the network, to use it and to know how it was trained.
+def on_cpu(value):
+    """The same nested dictionaries, with all tensors on the CPU, so that any machine can load them."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value
 
-    seconds: of training. curve: what `Run` tells of each epoch.
+
+def save_checkpoint(
+    name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float = 0.0, curve: Iterable[dict] = ()
+) -> Path:
+    """Saves all that it takes to rebuild the network, to use it and to know what it was trained on and how.
+
+    seconds: of training. curve: one dictionary per epoch, see `Run`.
     """
-    path = checkpoint_path(train.dataset, name)
     content = {
         "network": "teacher" if name == "teacher" else "student",
-        "widths": getattr(network, "widths", None),
-        "state_dict": network.state_dict(),
+        "widths": network.widths if isinstance(network, ConvNet) else None,
+        "state_dict": on_cpu(network.state_dict()),
         "dataset": train.dataset,
+        "fingerprint": train.fingerprint,
+        "images": len(train),
         "classes": list(train.classes),
         "mean": list(train.mean),
         "std": list(train.std),
@@ -341,231 +372,206 @@ def save_checkpoint(
         "seconds": seconds,
         "curve": list(curve),
     }
-    save(path, content)
+    path = checkpoint_path(train.dataset, name)
+    write_atomically(path, lambda file: torch.save(content, file))
     return path
 
 
-def load_checkpoint(
-    name: str, dataset: str, classes: tuple[str, ...] | None = None, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict]:
-    """The trained network of that name in eval mode, and all that its checkpoint says.
+def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> tuple[nn.Module, dict]:
+    """The trained network of that name in eval mode, on the split's device or the CPU, and all its checkpoint says.
 
-    Ends the script with one sentence where there is none, or one of other classes than those given.
+    Ends the script with one sentence where there is none, or one of other classes than the split's.
     """
     path, script = checkpoint_path(dataset, name), SCRIPTS[name]
     checkpoint = read(path)
     if checkpoint is None:
         raise SystemExit(f"There is no {path} yet: run python {script} first.")
-    needed = {"network", "widths", "state_dict", "dataset", "classes", "mean", "std", "recipe"}
+    needed = {"network", "widths", "state_dict", "dataset", "fingerprint", "classes", "mean", "std", "recipe"}
     if not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
-        raise SystemExit(f"{path} is damaged or not a checkpoint of this project: delete it and run python {script}.")
-    classes = tuple(classes or checkpoint["classes"])
-    if tuple(checkpoint["classes"]) != classes:
+        raise SystemExit(
+            f"{path} is damaged, or not a checkpoint of this version of the project: delete it and run python {script}."
+        )
+    if split and tuple(checkpoint["classes"]) != split.classes:
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
-    make = {"teacher": teacher, "student": student}[checkpoint["network"]]
+    if split and split.fingerprint not in ("", checkpoint["fingerprint"]):
+        print(
+            f"{path} was trained on other images than {dataset} has now with HOLD_OUT = {data.HOLD_OUT} "
+            f"({len(split):,}; then {checkpoint['images']:,}). It may know hold-out images: run python {script} again."
+        )
+    make, classes, widths = globals()[checkpoint["network"]], len(checkpoint["classes"]), checkpoint["widths"]
     try:
-        network = make(len(classes), checkpoint["widths"]) if checkpoint["widths"] else make(len(classes))
+        network = make(classes, widths) if widths else make(classes)
         network.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError):
         raise SystemExit(
-            f"{path} holds another network than {make.__name__}() in models.py makes: "
+            f"{path} holds another network than {checkpoint['network']}() in models.py makes: "
             f"change that back, or run python {script} again."
         ) from None
+    device = split.labels.device if split else "cpu"
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def fingerprint(network: nn.Module, *tensors: Tensor) -> str:
-    """32 hexadecimal digits that follow from the network's layers and weights and from the tensors."""
-    digest = hashlib.sha256(repr(network).encode())
-    for tensor in (*network.state_dict().values(), *tensors):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+def fingerprint(network: nn.Module) -> str:
+    """16 hexadecimal digits that follow from the network's weights."""
+    weights = network.state_dict()
+    return data.fingerprint(list(weights), *(value.cpu().flatten().view(torch.uint8).numpy() for value in weights.values()))
 
 
 # Training: what all three loops need and nobody comes to read ---------------------------------------------------------
 
-LIMITS = {  # constant: its type, the least and the most it may be
-    "SEED": (int, 0, 2**63 - 1),
-    "EPOCHS": (int, 1),
-    "BATCH_SIZE": (int, 1),
-    "LEARNING_RATE": (float, 0),
-    "WEIGHT_DECAY": (float, 0),
-    "LABEL_SMOOTHING": (float, 0, 1),
-    "TEMPERATURE": (float, 0),
-    "KD_WEIGHT": (float, 0, 1),
-}
-ABOVE_ZERO = {"LEARNING_RATE", "TEMPERATURE"}
 
-
-def make_recipe(file: str, **constants) -> dict:
+def make_recipe(file: str, constants: dict, device: torch.device) -> dict:
     """The constants of a training script, checked, with the others that decide what the training does."""
-    for name, value in constants.items():
-        check(Path(file).name, name, value, *LIMITS[name], open_low=name in ABOVE_ZERO)
-    check("models.py", "MOMENTUM", MOMENTUM, float, 0, 1, open_low=True)
-    check("models.py", "MUON_MOMENTUM", MUON_MOMENTUM, float, 0, 1)
-    check("models.py", "MUON_SHARE", MUON_SHARE, float, 0, open_low=True)
-    check("models.py", "WARM_UP", WARM_UP, float, 0, 1)
-    check("models.py", "BFLOAT16", BFLOAT16, bool)
-    check("models.py", "COMPILE", COMPILE, bool)
-    shared = {name: globals()[name] for name in ("MOMENTUM", "MUON_MOMENTUM", "MUON_SHARE", "WARM_UP")}
-    shared |= {name: getattr(data, name) for name in ("HOLD_OUT", "VIEW_SEED", "SHIFT")}
-    return constants | shared | {"precision": precision(best_device()), "processes": data.processes()[1]}
+    shared = check_constants(data.__file__, vars(data)) | check_constants(__file__, globals())
+    how = {"precision": str(precision(device)).removeprefix("torch."), "processes": data.processes()[1]}
+    return check_constants(file, constants) | shared | how
+
+
+def differences(first: dict, second: dict) -> str:
+    """The entries in which two recipes differ, with both values: "EPOCHS (20 and 1), HOLD_OUT (0 and 1000)"."""
+    names = [name for name in first | second if first.get(name) != second.get(name)]
+    return ", ".join(f"{name} ({first.get(name)} and {second.get(name)})" for name in names)
 
 
 class Run:
     """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
 
-    The progress is saved after every epoch; a run that was killed continues there and ends in the same weights.
+    The progress is saved after every epoch, in a file that belongs to the recipe. A run that was killed continues there;
+    on the CPU it ends in the same weights. curve: for each epoch the means of the loss that is trained on, of the
+    cross-entropy on the labels and of the accuracy over the training views, and the accuracy on the hold-out.
     """
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
-        self.name, self.optimizer, self.schedule = name, optimizer, schedule
-        self.network = network.module if isinstance(network, Shared) else network
-        self.recipe = recipe | {"widths": getattr(self.network, "widths", None)}
-        self.train, self.hold_out = train, hold_out
-        self.progress_path = checkpoint_folder(train.dataset) / f"{name}.progress.pt"
-        self.first, self.epoch, self.seconds, self.curve = 0, 0, 0.0, []
+        self.name, self.network, self.optimizer, self.train, self.hold_out = name, network, optimizer, train, hold_out
+        self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+        self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(repr(network))[:8]}
+        self.epoch_count, batch_size = recipe["EPOCHS"], recipe["BATCH_SIZE"]
+        world_size = data.processes()[1]
+        if batch_size > len(train) or world_size > len(train) // data.batch_count(len(train), batch_size):
+            raise SystemExit(
+                f"BATCH_SIZE = {batch_size} in {SCRIPTS[name]} must be at most {len(train)}, the number of training "
+                f"images, and at least one image for each of {world_size} processes."
+            )
+        self.curve, self.seconds_before = [], 0.0
+        path = checkpoint_path(train.dataset, name)
+        self.progress_path = path.with_name(f"{name}.{data.fingerprint(self.recipe)[:8]}.progress.pt")
         try:
-            self.progress_path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"{self.progress_path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
-        if recipe["BATCH_SIZE"] > len(train):
-            raise SystemExit(
-                f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} must be at most {len(train)}, "
-                f"the number of training images."
-            )
-        among = data.processes()[1]
-        if among > len(train) // data.batch_count(len(train), recipe["BATCH_SIZE"]):
-            raise SystemExit(
-                f"BATCH_SIZE = {recipe['BATCH_SIZE']} in {SCRIPTS[name]} is too small for {among} processes."
-            )
+            raise SystemExit(f"{path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         self._continue()
-        sys.excepthook = self._excepthook
+        self.first, self.started = len(self.curve), time.perf_counter()
         parameters, device = sum(parameter.numel() for parameter in network.parameters()), train.labels.device.type
         where = f"cpu (threads: {torch.get_num_threads()})" if device == "cpu" else device
-        where = f"{among} x {where}" if among > 1 else where
+        where = f"{world_size} x {where}" if world_size > 1 else where
         print(f"{name}: {parameters:,} parameters, {len(train):,} images of {train.dataset}, {where}", flush=True)
 
     def epochs(self) -> Iterator[int]:
         """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
-        for epoch in range(self.first, self.recipe["EPOCHS"]):
-            started = time.perf_counter()
-            self.epoch = epoch
+        self.training_started = time.perf_counter()
+        for self.epoch in range(self.first, self.epoch_count):
             self.network.train()
-            yield epoch
-            self.seconds += time.perf_counter() - started
+            yield self.epoch
             self._end_epoch()
 
-    def watch(self, batches: Iterable) -> Iterator:
-        """Yields the batches, with a bar that shows what `record` is told where the output is a terminal."""
-        self.loss = torch.zeros((), device=self.train.labels.device)
-        self.right, self.seen = torch.zeros_like(self.loss, dtype=torch.int64), 0
-        started = time.perf_counter()
-        title = f"epoch {self.epoch + 1}/{self.recipe['EPOCHS']}"
-        among = data.processes()[1]
-        with tqdm(total=len(self.train), desc=title, unit=" images", disable=data.no_bar(), leave=False) as bar:
+    def progress(self, batches: Iterable) -> Iterator:
+        """Yields the batches, with a bar of what `update` adds up where the output is a terminal."""
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.train.labels.device)
+        started, world_size = time.perf_counter(), data.processes()[1]
+        title, seen, estimated = f"epoch {self.epoch + 1}/{self.epoch_count}", 0, self.epoch > self.first
+        with tqdm(total=len(self.train), desc=title, unit=" images", disable=data.bar_disabled(), leave=False) as bar:
             for batch in batches:
+                self.optimizer.batch_size = len(batch[1])
                 yield batch
-                told = min(self.seen * among, len(self.train))  # of several processes this one knows its own share only
-                if bar.update(told - bar.n):  # true where it is time to draw; only then is the device waited for
-                    bar.set_postfix(self._figures(), refresh=False)
-        if among > 1:
-            self._unite(among)
-        self.mean_loss = self.loss.item() / self.seen  # waits for the device, so the time is all of the epoch's
-        self.images_per_second = self.seen / (time.perf_counter() - started)
+                seen += len(batch[1]) * world_size
+                if bar.update(len(batch[1]) * world_size):  # true where it is time to draw: only then wait for the GPU
+                    bar.set_postfix_str(self._line() + self._time_left(seen), refresh=False)
+                if not estimated and time.perf_counter() - started > 15:
+                    estimated = True
+                    tqdm.write(f"{self.name}: {self._line()} after {seen:,} images{self._time_left(seen)}")
+        if world_size > 1:
+            averaged = [value for value in self.network.buffers() if value.is_floating_point()]  # running statistics
+            for value in (self.totals, *averaged):
+                torch.distributed.all_reduce(value)
+                value /= world_size
+        self.images_per_second = len(self.train) / (time.perf_counter() - started)
 
     @torch.no_grad()
-    def record(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch to the epoch's loss and accuracy, without waiting for the device."""
-        self.loss += loss.detach() * len(labels)
-        self.right += (logits.argmax(1) == labels).sum()
-        self.seen += len(labels)
-
-    def _unite(self, among: int) -> None:
-        """Adds up what all processes have seen, and takes the mean of their batch statistics."""
-        totals = torch.stack([self.loss.double(), self.right.double(), torch.full_like(self.loss.double(), self.seen)])
-        torch.distributed.all_reduce(totals)
-        self.loss, self.right, self.seen = totals[0], totals[1], int(totals[2].item())
-        for buffer in self.network.buffers():
-            if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer)
-                buffer /= among
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the epoch's figures, without waiting for the device."""
+        cross_entropy, correct = F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).float().mean()
+        self.totals += torch.stack([loss, cross_entropy, correct, torch.ones_like(loss)]) * len(labels)
 
     def save(self) -> None:
-        """Saves the checkpoint and removes the progress."""
-        path = save_checkpoint(self.name, self.network, self.train, self.recipe, self.seconds, self.curve)
+        """Saves the checkpoint and the learning curve (CSV) and removes the progress."""
+        seconds = self.seconds_before + time.perf_counter() - self.started
+        path = save_checkpoint(self.name, self.network, self.train, self.recipe, seconds, self.curve)
         if data.processes()[0] == 0:
             self.progress_path.unlink(missing_ok=True)
-        sys.excepthook = sys.__excepthook__
-        print(f"Saved {path} after {self.seconds:.0f} s of training.", flush=True)
+            try:
+                with open(path.with_suffix(".csv"), "w", newline="") as file:
+                    table = csv.DictWriter(file, self.curve[0])
+                    table.writeheader()
+                    table.writerows(self.curve)
+            except OSError as error:  # it only informs: the checkpoint holds the same
+                print(f"{path.with_suffix('.csv')} could not be written: {error}.")
+        print(f"Saved {path} after {seconds:.0f} s.", flush=True)
 
-    def _excepthook(self, kind, error, trace) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            where = f"after epoch {self.epoch}" if self.epoch else "from the start"
-            if data.processes()[0] == 0:
-                print(f"\nInterrupted. Run python {SCRIPTS[self.name]} again to continue {where}.", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
+    def _means(self) -> dict[str, float]:
+        """Of what `update` added up in the epoch so far; waits for the device."""
+        return dict(zip(("loss", "cross_entropy", "accuracy"), (self.totals[:3] / self.totals[3]).tolist()))
 
-    def _figures(self) -> dict[str, str]:
-        return {
-            "loss": f"{self.loss.item() / self.seen:.3f}",
-            "accuracy": f"{100 * self.right.item() / self.seen:.1f} %",
-        }
+    def _line(self) -> str:
+        return "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format(**self._means())
+
+    def _time_left(self, seen: int) -> str:
+        """About how long this script still takes, from its own epochs and the `seen` images of this one."""
+        done = self.epoch - self.first + seen / len(self.train)
+        seconds = (time.perf_counter() - self.training_started) / done * (self.epoch_count - self.first - done)
+        return f", about {math.ceil(seconds / 60)} min left" if seconds > 0 else ""
 
     def _end_epoch(self) -> None:
-        epochs = self.recipe["EPOCHS"]
-        if not math.isfinite(self.mean_loss):
+        means, weights = self._means(), self.network.state_dict().values()
+        if not math.isfinite(means["loss"]) or not all(value.isfinite().all() for value in weights):
             raise SystemExit(
-                f"The loss is no longer finite in epoch {self.epoch + 1}: "
+                f"The loss or a weight is no longer finite in epoch {self.epoch + 1}: "
                 f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]} is probably too high."
             )
-        figures, held = self._figures(), None
+        line, means["hold_out_accuracy"] = self._line(), None
         if self.hold_out:
-            held = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
-            figures["hold-out"] = f"{100 * held:.2f} %"
-        told = ", ".join(f"{name} {value}" for name, value in figures.items())
-        print(f"epoch {self.epoch + 1:3}/{epochs}: {told}, {self.images_per_second:,.0f} images/s", flush=True)
-        shown = {"loss": self.mean_loss, "accuracy": self.right.item() / self.seen, "hold_out_accuracy": held}
-        self.curve.append({"epoch": self.epoch + 1, **shown, "seconds": self.seconds})
-        self._write_curve()
-        if self.epoch + 1 < epochs:
-            progress = {name: part.state_dict() for name, part in self._parts().items()}
-            state = {"epoch": self.epoch + 1, "seconds": self.seconds, "curve": self.curve}
-            state["random"] = torch.get_rng_state()
-            save(self.progress_path, progress | state | self._identity())
-
-    def _write_curve(self) -> None:
-        """One line per epoch of this run, those before an interruption included, in a CSV beside the checkpoint."""
-        text = io.StringIO()
-        table = csv.DictWriter(text, self.curve[0].keys(), lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.curve)
-        write(self.progress_path.with_name(f"{self.name}.csv"), lambda file: file.write(text.getvalue().encode()))
+            means["hold_out_accuracy"] = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
+            line += f", hold-out {means['hold_out_accuracy']:.2%}"
+        means["seconds"] = self.seconds_before + time.perf_counter() - self.started
+        self.curve.append({"epoch": self.epoch + 1, **means})
+        if self.epoch + 1 < self.epoch_count:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"recipe": self.recipe, "curve": self.curve, "random": torch.get_rng_state()}
+            if self.totals.is_cuda:
+                state["cuda_random"] = torch.cuda.get_rng_state()
+            write_atomically(self.progress_path, lambda file: torch.save(on_cpu(state), file))
+        rate, left = f"{self.images_per_second:,.0f} images/s", self._time_left(len(self.train))
+        print(f"epoch {self.epoch + 1:3}/{self.epoch_count}: {line}, {rate}{left}", flush=True)
 
     def _continue(self) -> None:
-        progress = read(self.progress_path)
+        """Loads the progress of this recipe; names and keeps the newest one of another recipe, and no more than one."""
+        others = set(self.progress_path.parent.glob(f"{self.name}.*.progress.pt")) - {self.progress_path}
+        others = sorted(others, key=lambda path: path.stat().st_mtime)
+        if others:
+            differing = differences((read(others[-1]) or {}).get("recipe", {}), self.recipe)
+            print(f"An unfinished run with other constants is kept in {others[-1]}; its and today's: {differing}.")
+        progress = read(self.progress_path)  # which no process leaves before all have come here
+        if data.processes()[0] == 0:
+            for path in others[:-1]:
+                path.unlink(missing_ok=True)
         if progress is None:
             return
-        identity = self._identity()
-        if any(progress.get(name) != value for name, value in identity.items()):
-            print(f"The unfinished run in {self.progress_path} had other constants or is damaged: starting afresh.")
+        if progress.get("recipe") != self.recipe:
+            print(f"{self.progress_path} is damaged: starting from the first epoch.")
             return
-        for name, part in self._parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
-        self.first, self.seconds, self.curve = progress["epoch"], progress["seconds"], progress["curve"]
-        print(f"Continuing the unfinished run after epoch {self.first} of {self.recipe['EPOCHS']}.")
-
-    def _parts(self) -> dict:
-        return {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
-
-    def _identity(self) -> dict:
-        return {
-            "recipe": self.recipe,
-            "layers": repr(self.network),
-            "dataset": self.train.dataset,
-            "classes": list(self.train.classes),
-            "images": len(self.train),
-        }
+        if "cuda_random" in progress:
+            torch.cuda.set_rng_state(progress["cuda_random"])
+        self.curve, self.seconds_before = progress["curve"], progress["curve"][-1]["seconds"]
+        print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.epoch_count}.")

@@ -18,15 +18,8 @@ WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
 
 
 def main() -> None:
-    recipe = models.make_recipe(
-        __file__,
-        SEED=SEED,
-        EPOCHS=EPOCHS,
-        BATCH_SIZE=BATCH_SIZE,
-        LEARNING_RATE=LEARNING_RATE,
-        WEIGHT_DECAY=WEIGHT_DECAY,
-    )
-    device = models.best_device()
+    device = models.setup()
+    recipe = models.make_recipe(__file__, globals(), device)
     train, hold_out = data.load_train(device)
     student = models.new_network("student", train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
@@ -34,7 +27,7 @@ def main() -> None:
     run = models.Run("student", student, optimizer, schedule, recipe, train, hold_out)
 
     for epoch in run.epochs():
-        for images, labels, _ in run.watch(data.batches(train, BATCH_SIZE, epoch, SEED)):
+        for images, labels, _ in run.progress(data.batches(train, BATCH_SIZE, epoch, SEED)):
             with models.autocast(device):
                 logits = student(images)
             loss = F.cross_entropy(logits.float(), labels)
@@ -42,9 +35,9 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-            run.record(loss, logits, labels)
+            run.update(loss, logits, labels)
     run.save()
 
 
 if __name__ == "__main__":
-    main()
+    models.run_script(main)

@@ -9,7 +9,7 @@ import data
 import models
 
 SEED = 0  # of the initial weights and the order of the images
-EPOCHS = 14  # passes over the training images
+EPOCHS = 8  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
 WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
@@ -17,16 +17,8 @@ LABEL_SMOOTHING = 0.03  # share of each label that is spread over all classes; t
 
 
 def main() -> None:
-    recipe = models.make_recipe(
-        __file__,
-        SEED=SEED,
-        EPOCHS=EPOCHS,
-        BATCH_SIZE=BATCH_SIZE,
-        LEARNING_RATE=LEARNING_RATE,
-        WEIGHT_DECAY=WEIGHT_DECAY,
-        LABEL_SMOOTHING=LABEL_SMOOTHING,
-    )
-    device = models.best_device()
+    device = models.setup()
+    recipe = models.make_recipe(__file__, globals(), device)
     train, hold_out = data.load_train(device)
     teacher = models.new_network("teacher", train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
@@ -34,7 +26,7 @@ def main() -> None:
     run = models.Run("teacher", teacher, optimizer, schedule, recipe, train, hold_out)
 
     for epoch in run.epochs():
-        for images, labels, _ in run.watch(data.batches(train, BATCH_SIZE, epoch, SEED)):
+        for images, labels, _ in run.progress(data.batches(train, BATCH_SIZE, epoch, SEED)):
             with models.autocast(device):
                 logits = teacher(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
@@ -42,9 +34,9 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-            run.record(loss, logits, labels)
+            run.update(loss, logits, labels)
     run.save()
 
 
 if __name__ == "__main__":
-    main()
+    models.run_script(main)

@@ -31,14 +31,14 @@ import models
 import train_student
 import train_teacher
 
-DEVICE = models.best_device()
+DEVICE = models.setup()
 
 # Runs a script as `python script.py` does, ends it after 30 steps, and tells the seconds to the first and the memory.
 START = """
 import time
 started = time.time()
 import atexit, resource, sys, torch, models, {script}
-record, steps = models.Run.record, []
+record, steps = models.Run.update, []
 def counted(run, *arguments):
     record(run, *arguments)
     steps.append(time.time() - started)
@@ -51,7 +51,7 @@ def tell():
             memory = int(status.read().split("VmHWM:")[1].split()[0]) / 2**20
     print("measured", steps[0] if steps else 0, torch.cuda.max_memory_allocated() / 2**30 or memory)
 atexit.register(tell)
-models.Run.record = counted
+models.Run.update = counted
 {script}.main()
 """
 
@@ -160,10 +160,10 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
         return loss, logits
 
     def whole():
-        for images, labels, _ in run.watch(batches(train, script, steps)):
+        for images, labels, _ in run.progress(batches(train, script, steps)):
             loss, logits = step(images, labels)
             schedule.step()
-            run.record(loss, logits, labels)
+            run.update(loss, logits, labels)
 
     def bare():
         for _ in range(steps):

@@ -32,7 +32,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_IMAGES", {"train": 200, "test": 100})
     monkeypatch.setattr(models, "TEACHER_WIDTHS", (6, 8, 12, 16))
     monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 6, 8))
-    monkeypatch.setattr(models, "best_device", lambda: torch.device("cpu"))  # where bit-identity is promised
+    monkeypatch.setattr(models, "setup", lambda: torch.device("cpu"))  # where bit-identity is promised
     for script in (train_teacher, train_student, distill):
         monkeypatch.setattr(script, "EPOCHS", 2)
         monkeypatch.setattr(script, "BATCH_SIZE", 32)
@@ -81,8 +81,8 @@ class Copy:
 
     def run(self, *command: str, **options) -> subprocess.CompletedProcess:
         with self.start(*command, **options) as running:
-            out, told = running.communicate(timeout=200)
-        return subprocess.CompletedProcess(running.args, running.returncode, out, told)
+            out, error = running.communicate(timeout=200)
+        return subprocess.CompletedProcess(running.args, running.returncode, out, error)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,9 @@
 Seed s of teacher, student and distilled student alike; the two students start from the same weights and see the same
 batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
 trained again, so that an interrupted series goes on where it was: delete the folders after editing a constant.
+
+With HOLD_OUT in data.py above 0 all figures are those of the hold-out and no test image is read: for choosing constants.
+Its difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
 """
 
 import json
@@ -12,6 +15,9 @@ import os
 import statistics
 import sys
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,7 +36,7 @@ COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("
 def results_of(seed: int, root: Path) -> dict:
     """The results.json of one seed, made where it is not there yet."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
-    path = models.checkpoint_folder(data.dataset_name()) / "results.json"
+    path = models.checkpoint_path(data.dataset_name(), "results").with_suffix(".json")
     if not path.is_file():
         for name, script in zip(models.SCRIPTS, (train_teacher, train_student, distill)):
             if not models.checkpoint_path(data.dataset_name(), name).is_file():
@@ -40,30 +46,48 @@ def results_of(seed: int, root: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def gains_by_image(seed: int, root: Path) -> torch.Tensor:
+    """How much more often right, in %, and how much lower in loss the distilled student is than the student: [2, N]."""
+    os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
+    images = data.load_test("cpu")
+    figures = []
+    for name in ("distilled", "student"):
+        network, checkpoint = models.load_checkpoint(name, images.dataset, images)
+        logits = models.predict(network, images.normalised_as_in(checkpoint))
+        losses = F.cross_entropy(logits, images.labels, reduction="none")
+        figures.append(torch.stack([100.0 * (logits.argmax(1) == images.labels), losses]))
+    return figures[0] - figures[1]
+
+
 def recipes_of(run: dict) -> list[dict]:
     """The recipes of one seed's networks, but for what the seed itself changes."""
     recipes = [run["models"][name]["recipe"] for name in models.SCRIPTS]
     return [{key: value for key, value in recipe.items() if key not in ("SEED", "teacher")} for recipe in recipes]
 
 
-def told(values: list[float], digits: int) -> str:
+def mean_and_deviation(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:
-    root = models.checkpoint_folder("")
+    if len(SEEDS) not in T_95:
+        raise SystemExit(f"SEEDS in tests/seeds.py must be from {min(T_95)} to {max(T_95)} seeds, not {len(SEEDS)}.")
+    if data.HOLD_OUT:
+        data.load_test = lambda device: data.load_train(device)[1]
+    root = models.checkpoint_path("", "").parent
     runs = []
     for seed in SEEDS:
         runs.append(results_of(seed, root))
         if recipes_of(runs[-1]) != recipes_of(runs[0]):  # said before hours go into the seeds after it
             raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
     first = runs[0]
-    print(f"\n{first['dataset']}, {first['test_images']:,} test images, {len(runs)} seeds, torch {first['torch']}\n")
-    print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'= teacher %':>18}")
+    split = "hold-out" if data.HOLD_OUT else "test"
+    print(f"\n{first['dataset']}, {first['test_images']:,} {split} images, {len(runs)} seeds, torch {first['torch']}\n")
+    print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'agreement %':>18}")
     for name in models.SCRIPTS:
         rows = [run["models"][name] for run in runs]
         columns = (
-            f"{told([scale * row[key] for row in rows], digits):>{width}}" for key, scale, digits, width in COLUMNS
+            f"{mean_and_deviation([scale * row[key] for row in rows], digits):>{width}}" for key, scale, digits, width in COLUMNS
         )
         print(f"{name:12}{''.join(columns)}")
     print(f"\ndistilled - student, paired by seed; 95 % intervals by Student's t over {len(runs)} seeds")
@@ -73,6 +97,11 @@ def main() -> None:
         mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
         print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
+    gains = torch.stack([gains_by_image(seed, root) for seed in SEEDS]).mean(0).double()
+    halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
+    print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")
+    for name, digits, mean, half in zip(("accuracy", "loss"), (2, 4), gains.mean(1).tolist(), halves.tolist()):
+        print(f"pooled {name:17}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})")
     teacher, student, distilled = (
         statistics.mean(run["models"][name]["accuracy"] for run in runs) for name in models.SCRIPTS
     )

@@ -3,6 +3,8 @@
 import copy
 import os
 import pickle
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,31 +63,48 @@ def test_orthogonalise_against_the_singular_value_decomposition(shape, monkeypat
     assert rest.abs().max() < 1e-4  # the singular vectors are the matrix's own
 
 
-def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds(monkeypatch):
-    network = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
-    images = torch.randn(8, 5, 5, 5)
+def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
+    network = nn.Sequential(models.Stage(5, 4), nn.Flatten(), nn.LazyLinear(2))
+    images = torch.randn(8, 5, 4, 4)
     network(images)
     other = copy.deepcopy(network)
     muon, _ = models.make_optimizer(network, 0.1, 0.01, 10)
     sgd = torch.optim.SGD(other[2].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
     sgd.param_groups[0]["lr"] = muon.param_groups[0]["lr"]
-    kernel, momentum = network[0].weight.detach().clone(), torch.zeros(4, 45)
+    kernel, momentum = network[0].conv1.weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
         for model in (network, other):
             model.zero_grad()
             model(images).square().sum().backward()
-        gradient = network[0].weight.grad.flatten(1).clone()
+        gradient = network[0].conv1.weight.grad.flatten(1).clone()
         muon.step()
         momentum = models.MUON_MOMENTUM * momentum + gradient
         turn = models.orthogonalise(gradient + models.MUON_MOMENTUM * momentum).view_as(kernel)
         kernel = kernel * 2 / kernel.norm() - models.MUON_SHARE * muon.param_groups[0]["lr"] * turn
-        assert torch.allclose(network[0].weight, kernel, atol=1e-6)
-        with torch.no_grad():
-            other[0].weight.copy_(network[0].weight)
-            other[0].bias.copy_(network[0].bias)
+        assert torch.allclose(network[0].conv1.weight, kernel, atol=1e-6)
+        other[0].load_state_dict(network[0].state_dict())
         other[2].weight.grad.add_(other[2].weight, alpha=0.01)
         sgd.step()
         assert torch.allclose(network[2].weight, other[2].weight, atol=1e-6)
+
+
+def test_muon_is_for_this_projects_kernels_alone():
+    """Those of a network of one's own may have no normalisation after them: they keep their lengths."""
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    own.layer_scale = nn.Parameter(torch.full((4, 1, 1, 1), 0.01))
+    own(torch.zeros(2, 3, 8, 8))
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    optimizer, _ = models.make_optimizer(own, 1e-6, 0.0, 10)
+    for parameter in own.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in own.state_dict().items())
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in own.named_parameters())
+    student = models.student(10)
+    groups = models.make_optimizer(student, 0.1, 0.01, 10)[0].param_groups
+    muon = {id(kernel) for group in groups if group["muon"] for kernel in group["params"]}
+    for name, parameter in student.named_parameters():
+        assert (id(parameter) in muon) == ("stages" in name and parameter.ndim == 4), name
 
 
 def test_weight_decay_spares_biases_and_normalisation():
@@ -93,20 +112,22 @@ def test_weight_decay_spares_biases_and_normalisation():
     optimizer, _ = models.make_optimizer(network, 0.1, 0.01, 10)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in network.named_parameters():
-        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+        kernel = "stages" in name and parameter.ndim == 4  # held at one length: nothing to decay
+        assert (id(parameter) in decayed) == (parameter.ndim > 1 and not kernel), name
 
 
 @pytest.mark.parametrize(
-    "capable, wanted, told", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")]
+    "capable, wanted, used", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")]
 )
-def test_bfloat16_is_for_processors_made_for_it(capable, wanted, told, monkeypatch):
+def test_bfloat16_is_for_processors_made_for_it(capable, wanted, used, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    monkeypatch.setattr(models, "has_bfloat16", models.has_bfloat16.__wrapped__)  # which asks once
     monkeypatch.setattr(models, "BFLOAT16", wanted)
     device = torch.device("cpu")
-    assert models.precision(device) == told
+    assert models.precision(device) == getattr(torch, used)
     with models.autocast(device):
         product = nn.Linear(8, 8)(torch.zeros(4, 8))
-    assert str(product.dtype) == f"torch.{told}"
+    assert str(product.dtype) == f"torch.{used}"
 
 
 @pytest.mark.parametrize("bfloat16, tolerance", [(False, 1e-5), (True, 1e-2)])
@@ -122,24 +143,6 @@ def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(bfloat16, tole
         assert torch.allclose(network.eval()(images), logits, atol=tolerance)
 
 
-@pytest.mark.parametrize("scale, folded", [(0.5, 2), (-0.5, 1)])
-def test_folding_leaves_the_answers_as_they_were(scale, folded):
-    network = models.student(10)
-    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.2, 2)
-        nn.init.uniform_(norm.bias, -1, 1)
-    for stage in network.stages:
-        stage.norm1.weight.data[1] = scale  # below zero the largest value before it is the smallest after it
-    network(torch.randn(64, 3, 32, 32))  # for statistics of their own
-    images = torch.randn(64, 3, 32, 32)
-    with torch.no_grad():
-        expected = network.eval()(images)
-        network = models.fold(network)
-        assert torch.allclose(network(images), expected, atol=1e-5) and expected.std() > 0.01
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    assert norms == (2 - folded) * len(network.stages)
-
-
 def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch):
     train_student.main()
     train, _ = data.load_train("cpu")
@@ -147,7 +150,7 @@ def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch
     assert {"network", "state_dict", "recipe", "dataset", "classes"} <= content.keys()
     assert content["recipe"]["EPOCHS"] == 2 and content["classes"] == list(train.classes)
     monkeypatch.setattr(models, "STUDENT_WIDTHS", (64, 64, 64, 64))  # edited since
-    network, _ = models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    network, _ = models.load_checkpoint("student", "synthetic", train)
     assert network.widths == (4, 4, 6, 8) and not network.training
     assert same(network.state_dict(), content["state_dict"])
 
@@ -159,12 +162,12 @@ def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
     monkeypatch.setattr(models, "student", own)
     train_student.main()
     train, _ = data.load_train("cpu")
-    network, _ = models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    network, _ = models.load_checkpoint("student", "synthetic", train)
     assert isinstance(network, nn.Sequential)
     monkeypatch.undo()
     monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
     with pytest.raises(SystemExit, match="student.pt holds another network than student\\(\\) in models.py makes"):
-        models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+        models.load_checkpoint("student", "synthetic", train)
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "hostile", "truncated", "foreign"])
@@ -179,8 +182,8 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_executed(kind, tiny, tmp_
         path.write_bytes({"empty": b"", "text": b"hello", "truncated": path.read_bytes()[:-1000]}[kind])
     monkeypatch.chdir(tmp_path)
     train, _ = data.load_train("cpu")
-    with pytest.raises(SystemExit, match="student.pt is damaged or not a checkpoint.*train_student.py"):
-        models.load_checkpoint("student", "synthetic", train.classes, torch.device("cpu"))
+    with pytest.raises(SystemExit, match="student.pt is damaged, or not a checkpoint.*train_student.py"):
+        models.load_checkpoint("student", "synthetic", train)
     assert not (tmp_path / "executed").exists()
 
 
@@ -192,8 +195,67 @@ def test_the_hostile_file_would_work_if_it_were_executed(tmp_path, monkeypatch):
 
 def test_other_classes_are_refused(tiny):
     train_student.main()
+    train, _ = data.load_train("cpu")
     with pytest.raises(SystemExit, match="other classes.*train_student.py"):
-        models.load_checkpoint("student", "synthetic", ("cat", "dog"), torch.device("cpu"))
+        models.load_checkpoint("student", "synthetic", replace(train, classes=("cat", "dog")))
+
+
+def with_dropout(classes):
+    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, classes))
+
+
+def with_weight_norm(classes):
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3072, classes)))
+
+
+def with_spectral_norm(classes):
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(3072, classes)))
+
+
+def with_group_norm_after_relu(classes):
+    convolution, norm = nn.Conv2d(3, 8, 3, stride=4), nn.GroupNorm(2, 8)
+    return nn.Sequential(convolution, nn.ReLU(), norm, nn.Flatten(), nn.Linear(512, classes))
+
+
+def with_unused_parts_and_widths(classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+    network.unused, network.widths = nn.Parameter(torch.ones(3, 3)), torch.ones(2)
+    return network
+
+
+OWN = [with_dropout, with_weight_norm, with_spectral_norm, with_group_norm_after_relu, with_unused_parts_and_widths]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_networks_of_ones_own_are_trained_interrupted_loaded_and_evaluated(own, tiny, monkeypatch):
+    monkeypatch.setattr(models, "student", own)
+    monkeypatch.setattr(models, "BFLOAT16", False)
+    train_student.main()
+    undisturbed = weights(tiny / "student.pt")
+    interrupt(monkeypatch, train_student, 9)
+    train_student.main()
+    assert same(weights(tiny / "student.pt"), undisturbed)
+    train, _ = data.load_train("cpu")
+    network, _ = models.load_checkpoint("student", "synthetic", train)
+    with torch.no_grad():
+        expected = torch.cat([network(images) for images, *_ in data.batches(train, 50)])
+    assert torch.allclose(models.predict(network, train), expected, atol=1e-4)
+    evaluate.main()
+
+
+def interrupt(monkeypatch, script, steps):
+    """Runs a script that is interrupted after so many steps."""
+    left, update = iter(range(steps)), models.Run.update
+
+    def interrupted(run, *arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        update(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Run, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.main()
 
 
 @pytest.mark.parametrize("script", [train_teacher, train_student, distill])
@@ -204,57 +266,65 @@ def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, 
     monkeypatch.setattr(script, "EPOCHS", 3)
     script.main()
     undisturbed = weights(tiny / f"{name}.pt")
-    record = models.Run.record
     for steps in (3, 9, 10):  # of seven an epoch: in the first epoch, in the second, and, continued there, in the third
-        left = iter(range(steps))
-
-        def interrupted(run, *arguments, left=left):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            record(run, *arguments)
-
-        monkeypatch.setattr(models.Run, "record", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            script.main()
+        interrupt(monkeypatch, script, steps)
     assert same(weights(tiny / f"{name}.pt"), undisturbed)  # the checkpoint of the run before is still there
     (tiny / f"{name}.pt").unlink()
-    monkeypatch.setattr(models.Run, "record", record)
     capsys.readouterr()
     script.main()
     assert "Continuing the unfinished run after epoch 2 of 3." in capsys.readouterr().out
     assert same(weights(tiny / f"{name}.pt"), undisturbed)
-    assert not (tiny / f"{name}.progress.pt").exists()
+    assert not list(tiny.glob("*.progress.pt"))
 
 
 @pytest.mark.parametrize(
     "module, name, value", [(train_student, "LEARNING_RATE", 0.1), (models, "STUDENT_WIDTHS", (4, 4, 4))]
 )
-def test_an_unfinished_run_with_other_constants_is_not_continued(module, name, value, tiny, monkeypatch, capsys):
+def test_an_unfinished_run_waits_until_its_constants_come_back(module, name, value, tiny, monkeypatch, capsys):
     before = getattr(module, name)
     train_student.main()
     expected = weights(tiny / "student.pt")
+    interrupt(monkeypatch, train_student, 9)
     monkeypatch.setattr(module, name, value)
-    save = models.Run.save
-    monkeypatch.setattr(models.Run, "save", lambda run: None)  # leaves the progress of the first epoch
-    train_student.main()
-    assert (tiny / "student.progress.pt").exists()
-    monkeypatch.setattr(models.Run, "save", save)
-    monkeypatch.setattr(module, name, before)
     capsys.readouterr()
     train_student.main()
-    assert "other constants or is damaged: starting afresh" in capsys.readouterr().out
-    assert same(weights(tiny / "student.pt"), expected)
+    message = capsys.readouterr().out
+    assert "An unfinished run with other constants is kept in" in message and "Continuing" not in message
+    if module is train_student:
+        assert f"; its and today's: {name} ({before} and {value})." in message
+    assert len(list(tiny.glob("student.*.progress.pt"))) == 1
+    monkeypatch.setattr(module, name, before)
+    train_student.main()
+    assert "Continuing the unfinished run after epoch 1 of 2." in capsys.readouterr().out
+    assert same(weights(tiny / "student.pt"), expected) and not list(tiny.glob("*.progress.pt"))
+
+
+def test_one_unfinished_run_of_other_constants_is_kept_at_most(tiny, monkeypatch):
+    for seed in range(3):
+        monkeypatch.setattr(train_student, "SEED", seed)
+        interrupt(monkeypatch, train_student, 9)
+    assert len(list(tiny.glob("student.*.progress.pt"))) == 2  # today's, and the one before it
+
+
+def test_an_unfinished_run_on_other_images_is_not_continued(tiny, monkeypatch, capsys):
+    interrupt(monkeypatch, train_student, 9)
+    drawn = data.synthetic("train")
+    monkeypatch.setattr(data, "synthetic", lambda split: (255 - drawn[0], *drawn[1:]))
+    capsys.readouterr()
+    train_student.main()
+    message = capsys.readouterr().out
+    assert "Continuing" not in message and "its and today's: images (" in message
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_teachers_labels_are_smoothed(smoothing, tiny, monkeypatch):
-    steps, record = [], models.Run.record
+    steps, update = [], models.Run.update
 
     def spy(run, *step):
         steps.append(step)
-        record(run, *step)
+        update(run, *step)
 
-    monkeypatch.setattr(models.Run, "record", spy)
+    monkeypatch.setattr(models.Run, "update", spy)
     monkeypatch.setattr(train_teacher, "LABEL_SMOOTHING", smoothing)
     train_teacher.main()
     assert steps
@@ -274,6 +344,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     assert (tiny / "student.pt").read_bytes() == before
 
 
+def test_a_weight_that_is_not_finite_after_the_last_step_is_not_saved(tiny, monkeypatch):
+    update = models.Run.update
+
+    def broken(run, *arguments):
+        update(run, *arguments)
+        run.network.head.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(models.Run, "update", broken)
+    monkeypatch.setattr(train_student, "BATCH_SIZE", 200)  # one step, whose loss was finite
+    with pytest.raises(SystemExit, match="weight is no longer finite in epoch 1"):
+        train_student.main()
+    assert not (tiny / "student.pt").exists()
+
+
+def test_finite_weights_that_answer_nothing_finite_are_named(tiny, monkeypatch):
+    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 200), ("LEARNING_RATE", 1e37)):
+        monkeypatch.setattr(train_student, name, value)
+    train_student.main()
+    with pytest.raises(SystemExit, match="logits of student.pt are not finite: run python train_student.py again"):
+        evaluate.main()
+    assert not (tiny / "results.json").exists()
+
+
 @pytest.mark.parametrize(
     "script, name, value",
     [
@@ -284,9 +377,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
         (train_student, "SEED", -1),
         (train_student, "BATCH_SIZE", 201),
         (train_student, "LEARNING_RATE", 0),
+        (train_student, "LEARNING_RATE", 1e200),
         (train_student, "LEARNING_RATE", float("nan")),
         (distill, "WEIGHT_DECAY", -1e-3),
         (distill, "TEMPERATURE", 0),
+        (distill, "TEMPERATURE", 1e5),  # where float32 has too few digits for the loss
         (distill, "TEMPERATURE", float("inf")),
         (distill, "KD_WEIGHT", 1.01),
         (distill, "KD_WEIGHT", True),
@@ -298,11 +393,11 @@ def test_constants_out_of_range_are_named(script, name, value, tiny, monkeypatch
         train_teacher.main()
     monkeypatch.setattr(script, name, value)
     file = os.path.basename(script.__file__)
-    with pytest.raises(SystemExit, match=f"^{name} = {value!r} in {file} must be"):
+    with pytest.raises(SystemExit, match="^" + re.escape(f"{name} = {value!r} in {file} must be")):
         script.main()
 
 
-@pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, 1.5), 8, (8,) * 6])
+@pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, 1.5), 8, (8,) * 5])
 def test_widths_that_make_no_network_are_named(widths, monkeypatch):
     monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
     with pytest.raises(SystemExit, match="^STUDENT_WIDTHS = .* in models.py must be"):
@@ -313,13 +408,14 @@ def test_other_passes_over_the_data_do_not_change_the_weights(tiny, monkeypatch)
     """One seed, one result: also where a hold-out is looked at, or images are drawn or predicted in between."""
     train_student.main()
     before = weights(tiny / "student.pt")
-    record = models.Run.record
+    update = models.Run.update
 
     def distracted(run, loss, logits, labels):
-        record(run, loss, logits, labels)
-        models.predict(run.network, run.train, run.epoch)
+        update(run, loss, logits, labels)
+        models.predict(run.network, run.train)
+        run.network.train()
         next(data.batches(run.train, 10, run.epoch + 7, 3))
 
-    monkeypatch.setattr(models.Run, "record", distracted)
+    monkeypatch.setattr(models.Run, "update", distracted)
     train_student.main()
     assert same(weights(tiny / "student.pt"), before)

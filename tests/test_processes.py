@@ -1,4 +1,6 @@
-"""Several processes under torchrun, on the CPU: they follow the curve of one, and one of them tells and writes."""
+"""Several processes under torchrun, on the CPU: they follow the curve of one, and only rank 0 prints and writes."""
+
+import time
 
 import pytest
 import torch
@@ -19,13 +21,17 @@ def plain(classes, widths=None):  # without batch normalisation, which each proc
         torch.nn.Flatten(), torch.nn.Linear(392, classes))
 """
 GRADIENTS = """
-device = models.best_device()
+device = models.setup()
 train, _ = data.load_train(device)
 network = models.new_network("student", train, 0).eval()
 images, labels, _ = next(data.batches(train, 45, 0, 0))
 F.cross_entropy(network(images), labels).backward()
-number = data.processes()[0]
-torch.save([parameter.grad for parameter in network.parameters()], f"gradients-{number}.pt")
+optimizer, _ = models.make_optimizer(network, 0.1, 0.0, 1)
+optimizer.batch_size = len(labels)
+if data.processes()[1] > 1:
+    optimizer._average_gradients()
+rank = data.processes()[0]
+torch.save([parameter.grad for parameter in network.parameters()], f"gradients-{rank}.pt")
 print(len(labels), "images")
 """
 ALL_THREE = """
@@ -42,12 +48,12 @@ def save_too(run):
 models.Run.save = save_too
 """
 ONE_DIES = """
-record = models.Run.record
+record = models.Run.update
 def die(run, *arguments):
     if run.epoch == 3 and data.processes()[0] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     record(run, *arguments)
-models.Run.record = die
+models.Run.update = die
 """
 
 
@@ -67,16 +73,16 @@ def launch(copy):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_follow_the_curve_of_one(copy, launch):
     copy.edit("data.py", HOLD_OUT=21)  # 179 images are left: no batch of 45 is a multiple of two
-    folder, told, made = copy.folder / "checkpoints" / "synthetic", {}, {}
+    folder, output, made = copy.folder / "checkpoints" / "synthetic", {}, {}
     for processes in (1, 2):
         done = launch(GRADIENTS + EVERY_ONE_SAVES + ALL_THREE, processes)
         assert done.returncode == 0, done.stderr
-        told[processes] = done.stdout.splitlines()
+        output[processes] = done.stdout.splitlines()
         made[processes] = {name: models.read(folder / f"{name}.pt") for name in models.SCRIPTS}
         if processes == 1:
             whole = torch.load(copy.folder / "gradients-0.pt")
-    assert told[1][0] == "45 images" and told[2][0] == "23 images"
-    assert len(told[1]) == len(told[2])  # one of them tells
+    assert output[1][0] == "45 images" and output[2][0] == "23 images"
+    assert len(output[1]) == len(output[2])  # only rank 0 prints
     for number in (0, 1):
         for shared, one in zip(torch.load(copy.folder / f"gradients-{number}.pt"), whole):
             assert torch.allclose(shared, one, rtol=1e-3, atol=1e-6)
@@ -97,7 +103,40 @@ def test_where_one_dies_all_end_and_a_new_start_continues(copy, launch):
     copy.edit("train_student.py", EPOCHS=5)
     path = copy.folder / "checkpoints" / "synthetic" / "student.pt"
     assert launch(ONE_DIES + "train_student.main()", 2).returncode != 0
-    assert not path.exists() and path.with_name("student.progress.pt").exists()
+    assert not path.exists() and list(path.parent.glob("student.*.progress.pt"))
     done = launch("train_student.main()", 2)
     assert done.returncode == 0 and "Continuing the unfinished run after epoch 3 of 5." in done.stdout
-    assert path.exists() and not path.with_name("student.progress.pt").exists()
+    assert path.exists() and not list(path.parent.glob("student.*.progress.pt"))
+
+
+FAILURES = {
+    "an exception in rank 1": "if data.processes()[0] == 1: raise ValueError('lost')",
+    "a sentence from rank 1": "if data.processes()[0] == 1: raise SystemExit('One sentence.')",
+    "a sentence from rank 0": "if data.processes()[0] == 0: raise SystemExit('One sentence.')",
+}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_failure_in_one_rank_ends_all_within_seconds(failure, launch):
+    code = f"""
+update = models.Run.update
+def fail(run, *arguments):
+    {failure}
+    update(run, *arguments)
+models.Run.update = fail
+models.run_script(train_student.main)
+"""
+    started = time.monotonic()
+    done = launch(code, 2)
+    assert done.returncode != 0 and ("lost" in done.stderr or "One sentence." in done.stderr)
+    assert time.monotonic() - started < 60  # the timeout of a collective is an hour
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_one_test_image_for_two_processes(copy, launch):
+    copy.edit("data.py", SYNTHETIC_IMAGES={"train": 200, "test": 1})
+    assert launch("train_student.main()", 1).returncode == 0
+    done = launch("import evaluate\nmodels.run_script(evaluate.main)", 2)
+    assert done.returncode == 0, done.stderr
+    assert "1 test images of synthetic" in done.stdout

@@ -1,6 +1,7 @@
 """The README's own code, as it stands there."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,10 +47,10 @@ def test_the_section_on_own_networks(tiny, monkeypatch):
     monkeypatch.setattr(train_student, "BATCH_SIZE", 100)
     train_student.main()
     train, _ = data.load_train("cpu")
-    network, _ = models.load_checkpoint("student", "synthetic", train.classes)
+    network, _ = models.load_checkpoint("student", "synthetic", train)
     assert type(network).__name__ == "ResNet"
     with pytest.raises(SystemExit, match="other classes"):
-        models.load_checkpoint("student", "synthetic", ("cat", "dog"))
+        models.load_checkpoint("student", "synthetic", replace(train, classes=("cat", "dog")))
 
 
 def test_the_section_on_a_teacher_of_ones_own(tiny, tmp_path, monkeypatch):

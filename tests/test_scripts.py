@@ -23,7 +23,7 @@ def test_the_sequence(copy):
     assert "distilled - student:" in done.stdout and "\x1b" not in done.stdout
     made = sorted(path.name for path in (copy.folder / "checkpoints" / "synthetic").iterdir())
     networks = [f"{name}.{kind}" for name in ("distilled", "student", "teacher") for kind in ("csv", "pt")]
-    assert sorted(set(made) - {"results.png"}) == sorted(["answers", "results.json", *networks])
+    assert sorted(set(made) - {"results.png"}) == sorted(["results.json", *networks])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
@@ -35,9 +35,9 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_goes_on(copy):
     for _ in range(4):  # what it trains, and three of the epochs
         assert running.stdout.readline(), running.stderr.read()
     running.send_signal(signal.SIGINT)
-    _, told = running.communicate(timeout=60)
-    assert running.returncode != 0 and not checkpoint.exists() and "Traceback" not in told
-    assert told.startswith("\nInterrupted. Run python train_student.py again to continue after epoch")
+    _, message = running.communicate(timeout=60)
+    assert running.returncode != 0 and not checkpoint.exists() and "Traceback" not in message
+    assert message == "\nInterrupted. The same command continues after the last finished epoch.\n"
     done = copy.run("train_student.py")
     assert done.returncode == 0 and done.stdout.startswith("Continuing the unfinished run after epoch")
     assert checkpoint.exists() and not list(checkpoint.parent.glob("*progress*"))
@@ -56,10 +56,11 @@ def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
 def test_a_folder_of_images_from_another_working_directory(copy, folder, tmp_path):
     copy.edit("train_student.py", BATCH_SIZE=12)
     for script in ("train_student.py", "evaluate.py"):
-        done = copy.run(script, cwd=tmp_path, DATASET="my images", CHECKPOINT_DIR="elsewhere", DATA_DIR="cache")
+        done = copy.run(script, cwd=tmp_path, DATASET="my images", CHECKPOINT_DIR="elsewhere")
         assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "elsewhere" / "my images" / "results.json").read_text())
-    assert results["dataset"] == "my images" and results["test_images"] == 12
+    (path,) = (tmp_path / "elsewhere").glob("my images-*/results.json")
+    results = json.loads(path.read_text())
+    assert results["dataset"] == path.parent.name and results["test_images"] == 12
     assert not (copy.folder / "checkpoints").exists() and not (copy.folder / "data").exists()
 
 
@@ -78,7 +79,7 @@ def test_a_console_without_the_letters_of_a_folders_name(copy, folder):
     done = copy.run("train_student.py", DATASET=str(folder), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "36 images of \\u65e5\\u672c" in done.stdout
-    assert (copy.folder / "checkpoints" / "日本" / "student.pt").exists()
+    assert list((copy.folder / "checkpoints").glob("日本-*/student.pt"))
 
 
 def test_a_users_error_is_one_sentence(tmp_path):
@@ -96,10 +97,10 @@ def test_a_users_error_is_one_sentence(tmp_path):
         for name, value in edits.items():
             copy.edit("data.py" if name == "DATASET" else script, **{name: value})
         running.append(copy.start(script))
-    for (*_, message), started in zip(cases, running):
-        _, told = started.communicate(timeout=200)
+    for (*_, expected), started in zip(cases, running):
+        _, message = started.communicate(timeout=200)
         assert started.returncode == 1
-        assert message in told and "Traceback" not in told and len(told.splitlines()) == 1
+        assert expected in message and "Traceback" not in message and len(message.splitlines()) == 1
 
 
 def test_importing_does_no_work(tmp_path):
@@ -140,6 +141,6 @@ def test_only_the_packages_of_the_requirements_are_imported():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                if name == "matplotlib.figure" and node.col_offset > 0:  # where it happens to be installed
+                if name.startswith("matplotlib") and node.col_offset > 0:  # where it happens to be installed
                     continue
                 assert name.split(".")[0] in required | own | set(sys.stdlib_module_names), f"{path.name}: {name}"

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import seeds
 
+import data
 import distill
+import models
 import train_student
 import train_teacher
 
@@ -48,7 +50,7 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     assert sorted(path.name for path in made) == ["distilled.pt", "student.pt", "teacher.pt", "teacher.pt"]
     capsys.readouterr()
     series()
-    told = capsys.readouterr().out.splitlines()
+    message = capsys.readouterr().out.splitlines()
     assert made == {path: path.stat().st_mtime_ns for path in made}, "what was finished has been trained again"
 
     results = [json.loads((root / f"seed-{seed}/synthetic/results.json").read_text())["models"] for seed in range(2)]
@@ -56,11 +58,47 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     right = {name: 100 * np.array([models[name]["accuracy"] for models in results]) for name in results[0]}
     for name, values in right.items():
         expected = [values.mean(), values.std(ddof=1)]
-        assert numbers(told, f"{name:12}")[:2] == pytest.approx(expected, abs=0.006), name  # it prints two digits
+        assert numbers(message, f"{name:12}")[:2] == pytest.approx(expected, abs=0.006), name  # it prints two digits
     gains = right["distilled"] - right["student"]
     half = 12.71 * gains.std(ddof=1) / 2**0.5  # Student's t of one degree of freedom
     expected = [gains.mean(), gains.mean() - half, gains.mean() + half, *gains]
-    assert numbers(told, "accuracy ") == pytest.approx(expected, abs=0.006)
+    assert numbers(message, "accuracy ") == pytest.approx(expected, abs=0.006)
+    correct = correct_by_image(root)
+    by_image = 100 * (correct["distilled"] - correct["student"]).mean(0)
+    half = 1.96 * by_image.std(ddof=1) / 100**0.5
+    expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
+    assert numbers(message, "pooled accuracy") == pytest.approx(expected, abs=0.006)
+
+
+def correct_by_image(root):
+    """Of both networks whether each test image is right: float [seeds, images]."""
+    test = data.load_test("cpu")
+    correct = {"student": [], "distilled": []}
+    for seed in range(2):
+        for name, rows in correct.items():
+            content = models.read(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
+            network = models.student(10, content["widths"])
+            network.load_state_dict(content["state_dict"])
+            logits = models.predict(network, test.normalised_as_in(content))
+            rows.append((logits.argmax(1) == test.labels).double().numpy())
+    return {name: np.stack(rows) for name, rows in correct.items()}
+
+
+def test_with_a_hold_out_no_test_image_is_read(series, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
+    drawn, synthetic = [], data.synthetic
+    monkeypatch.setattr(data, "synthetic", lambda split: drawn.append(split) or synthetic(split))
+    series()
+    assert set(drawn) == {"train"}
+    assert "synthetic, 40 hold-out images, 2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_too_few_or_too_many_seeds_are_named(count, series, monkeypatch):
+    monkeypatch.setattr(seeds, "SEEDS", range(count))
+    with pytest.raises(SystemExit, match=f"SEEDS in tests/seeds.py must be from 2 to 10 seeds, not {count}."):
+        series()
 
 
 def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
