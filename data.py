@@ -272,8 +272,8 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Ten classes of drawn flowers, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
 
     A class is a number of petals, 3 to 7, filled or as an outline. The label is truly uncertain: a flower stands
-    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. Place, size, turn, squeeze, depth of
-    the petals, colours and background vary from image to image.
+    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. Place, size, turn, squeeze, depth
+    of the petals, colours and background vary from image to image.
     """
     count = SYNTHETIC_IMAGES[split]
     rng = np.random.default_rng([DRAWING, split == "test"])
@@ -315,18 +315,19 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def synthetic_chances(petals: np.ndarray) -> np.ndarray:
     """With which chance a flower of that many petals [N], 3 to 7, is labelled as one of 3, 4, 5, 6 and 7: [N, 5]."""
     fewer = np.floor(petals).clip(3, 6)
-    more = 1 / (1 + np.exp(-12 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
+    more = 1 / (1 + np.exp(-14 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
     numbers = np.arange(3, 8)
     return (numbers == fewer[:, None]) * (1 - more)[:, None] + (numbers == fewer[:, None] + 1) * more[:, None]
 
 
 # What all scripts share -----------------------------------------------------------------------------------------------
 
-LIMITS = {  # constant: type, least, most, and "above" where the least itself is not allowed
+LIMITS = {  # constant: type, least, most (a tuple's: of its length), and "above" where the least is not allowed
     "DATA_DIR": (str,),
     "CHECKPOINT_DIR": (str,),
+    "TEACHER_WIDTHS": (tuple, 2, 4),
+    "STUDENT_WIDTHS": (tuple, 2, 4),
     "BFLOAT16": (bool,),
-    "COMPILE": (bool,),
     "HOLD_OUT": (int, 0),
     "VIEW_SEED": (int, 0),
     "SHIFT": (int, 0, SIZE - 1),
@@ -336,7 +337,7 @@ LIMITS = {  # constant: type, least, most, and "above" where the least itself is
     "LEARNING_RATE": (float, 0, 1e38, "above"),
     "WEIGHT_DECAY": (float, 0, 1e38),
     "LABEL_SMOOTHING": (float, 0, 1),
-    "TEMPERATURE": (float, 0.01, 100),  # beyond, float32 keeps too few digits of the loss
+    "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
     "KD_WEIGHT": (float, 0, 1),
     "MOMENTUM": (float, 0, 1, "above"),
     "MUON_MOMENTUM": (float, 0, 1),
@@ -346,7 +347,7 @@ LIMITS = {  # constant: type, least, most, and "above" where the least itself is
 
 
 def check_constants(file: str, constants: dict) -> dict:
-    """Checks those of a file's global names that have limits. Returns the numbers, which decide what a training does."""
+    """Checks those of a file's global names that have limits. Returns the numbers, which decide what training does."""
     limited = {name: constants[name] for name in LIMITS if name in constants}
     for name, value in limited.items():
         check(Path(file).name, name, value, *LIMITS[name])
@@ -355,23 +356,29 @@ def check_constants(file: str, constants: dict) -> dict:
 
 def check(file: str, name: str, value, kind: type, low: float = 0, high: float = math.inf, above: str = "") -> None:
     """Ends the script with one sentence unless value is a `kind`; a number from low (above it if so said) to high."""
-    if kind in (bool, str):
-        if not isinstance(value, kind) or value == "":
-            wanted = "True or False" if kind is bool else "a text that is not empty"
-            raise SystemExit(f"{name} = {value!r} in {file} must be {wanted}.")
-        return
-    kinds = (int, float) if kind is float else kind
-    valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not (valid and (low < value if above else low <= value) and value <= high):
-        number = "a whole number" if kind is int else "a number"
-        bounds = f"{above or 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
-        raise SystemExit(f"{name} = {value!r} in {file} must be {number} {bounds}.")
+    if kind is bool:
+        valid, wanted = isinstance(value, bool), "True or False"
+    elif kind is str:
+        valid, wanted = isinstance(value, str) and value != "", "a text that is not empty"
+    elif kind is tuple:
+        valid = isinstance(value, (tuple, list)) and low <= len(value) <= high
+        valid = valid and all(type(part) is int and part >= 1 for part in value)
+        wanted = f"{low} to {high} whole numbers of at least 1"
+    else:
+        valid = type(value) is int or (type(value) is float and kind is float and math.isfinite(value))
+        valid = valid and (low < value if above else low <= value) and value <= high
+        wanted = f"{'a whole number' if kind is int else 'a number'} {above or 'of at least'} {low}"
+        wanted += f" and at most {high}" if high < math.inf else ""
+    if not valid:
+        raise SystemExit(f"{name} = {value!r} in {file} must be {wanted}.")
 
 
 def fingerprint(*parts) -> str:
-    """16 hexadecimal digits that follow from arrays and from the `repr` of plain values."""
+    """16 hexadecimal digits that follow from the content of arrays and tensors, and from the `repr` of plain values."""
     digest = hashlib.sha256()
     for part in parts:
+        if isinstance(part, Tensor):
+            part = part.cpu().flatten().view(torch.uint8).numpy()
         digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode())
     return digest.hexdigest()[:16]
 

@@ -49,7 +49,7 @@ def main() -> None:
     train, hold_out = data.load_train(device)
     teacher, checkpoint = models.load_checkpoint("teacher", train.dataset, train)
     teacher.requires_grad_(False)
-    recipe["teacher"] = models.fingerprint(teacher)
+    recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
     student = models.new_network("student", train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer, schedule = models.make_optimizer(student, LEARNING_RATE, WEIGHT_DECAY, steps)

@@ -121,7 +121,7 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, dict]:
         "macs": multiply_accumulates(network, batch[:1]),
         "images_per_second": images_per_second(network, batch),
         "training_seconds": checkpoint["seconds"],
-        "fingerprint": models.fingerprint(network),
+        "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
     }
     return figures, logits, checkpoint
@@ -240,21 +240,22 @@ def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> Non
     results: what results.json holds. curves: of each network, that of `models.Run`. bins: of each network, its
     `reliability`. pictures: uint8 [H, W, 3] each, those of results["undecided"].
     """
-    rows = [["cost"] * 6 + ["learning"] * 6, ["calibration"] * 6 + ["classes"] * 6]
+    rows = [["cost"] * 2 + ["learning"] * 2, ["calibration"] * 2 + ["classes"] * 2]
     if pictures:
-        rows += [[f"{what} {column // 3}" for column in range(12)] for what in ("picture", "shares")]
+        rows += [[f"{what} {number % len(pictures)}" for number in range(4)] for what in ("picture", "shares")]
     axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 1.6, 1.9][: len(rows)])
     cost, learning, calibration, classes = (axes[name] for name in ("cost", "learning", "calibration", "classes"))
     networks = results["models"]
     for name, row in networks.items():
-        (low, high), colour = row["accuracy_ci95"], COLOURS[name]
-        ends = [[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]]
-        aside = 1.06 if name == "distilled" else 1  # or it would hide the student
-        cost.errorbar(row["macs"] / 1e6 * aside, 100 * row["accuracy"], ends, fmt="o", color=colour, capsize=4, label=name)
+        style = {"color": COLOURS[name], "label": name}
+        share, (low, high) = 100 * row["accuracy"], (100 * end for end in row["accuracy_ci95"])
+        macs = row["macs"] / 1e6 * (1.06 if name == "distilled" else 1)  # or it would hide the student
+        cost.errorbar(macs, share, [[share - low], [high - share]], fmt="o", capsize=4, **style)
         epochs, values = ([line[key] for line in curves[name]] for key in ("epoch", "cross_entropy"))
-        learning.plot(epochs, values, color=colour, label=name)
+        learning.plot(epochs, values, **style)
         confidence, correct, share = (100 * part for part in bins[name])
-        calibration.plot(confidence[share > 0], correct[share > 0], "o-", color=colour, markersize=3, label=name)
+        filled = share > 0.1  # %: fewer images say nothing
+        calibration.plot(confidence[filled], correct[filled], "o-", markersize=3, **style)
     cost.set(title="Accuracy and cost, 95 % intervals", ylabel="test accuracy, %")
     cost.set(xscale="log", xlabel="multiply-accumulates per image, millions")
     costs = sorted({row["macs"] / 1e6 for row in networks.values()})
@@ -279,12 +280,13 @@ def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> Non
         image.axis("off")
         for place, name in enumerate(list(row)[3:]):
             where = [k + 0.2 * (place - 1.5) for k in range(len(row["classes"]))]
-            shares.barh(where, [100 * share for share in row[name]], 0.2, color=COLOURS.get(name, "#aaaaaa"), label=name)
+            style = {"color": COLOURS.get(name, "#aaaaaa"), "label": name}
+            shares.barh(where, [100 * share for share in row[name]], 0.2, **style)
         shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
         shares.invert_yaxis()
         shares.set(xlabel="probability, %", xlim=(0, 100))
     if pictures:
-        axes["shares 0"].legend(fontsize="x-small", loc="lower right")
+        figure.legend(*axes["shares 0"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{results['test_images']:,} test images of {results['dataset']}")
 
 

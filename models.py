@@ -4,8 +4,6 @@ import csv
 import datetime
 import functools
 import glob
-import hashlib
-import json
 import math
 import os
 import pickle
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from data import ImageSet, check, check_constants
+from data import ImageSet, check_constants
 
 TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, and of each stage at half the resolution of the last
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
@@ -31,7 +29,6 @@ MUON_MOMENTUM = 0.6  # of Muon
 MUON_SHARE = 0.25  # of LEARNING_RATE: by how much a step of Muon turns a kernel, in radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
-COMPILE = False  # torch.compile the network that is trained; needs a C++ compiler, and does not always pay
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
 
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
@@ -43,12 +40,12 @@ ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 
 def teacher(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
     """The high-capacity network; widths are given when it is rebuilt from a checkpoint."""
-    return ConvNet(classes, widths or _checked("TEACHER_WIDTHS", TEACHER_WIDTHS))
+    return ConvNet(classes, widths or TEACHER_WIDTHS)
 
 
 def student(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
     """The lightweight network, the same whether it learns alone or from a teacher."""
-    return ConvNet(classes, widths or _checked("STUDENT_WIDTHS", STUDENT_WIDTHS))
+    return ConvNet(classes, widths or STUDENT_WIDTHS)
 
 
 class ConvNet(nn.Module):
@@ -87,14 +84,6 @@ class Stage(nn.Module):
         return F.relu_(self.norm2(self.conv2(features)))
 
 
-def _checked(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    if not isinstance(widths, (tuple, list)) or not 2 <= len(widths) <= 4:
-        raise SystemExit(f"{name} = {widths!r} in models.py must be two to four numbers of channels.")
-    for width in widths:
-        check("models.py", name, width, int, 1)
-    return tuple(widths)
-
-
 def new_network(name: str, train: ImageSet, seed: int) -> nn.Module:
     """A `teacher` or `student` on the images' device, with fresh weights that follow from the seed alone."""
     torch.manual_seed(seed)
@@ -104,8 +93,6 @@ def new_network(name: str, train: ImageSet, seed: int) -> nn.Module:
         shape = tuple(network.eval()(torch.zeros(2, 3, data.SIZE, data.SIZE)).shape)  # gives lazy layers their shapes
     if shape != (2, classes):
         raise SystemExit(f"{name}() in models.py must map [2, 3, 32, 32] to logits {[2, classes]}, not {list(shape)}.")
-    if COMPILE:
-        network.compile()
     return network.to(train.labels.device, memory_format=torch.channels_last)
 
 
@@ -153,10 +140,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 @functools.cache
 def has_bfloat16(device_type: str) -> bool:
-    """Whether the device computes in bfloat16 itself, as far as this torch can tell; emulated, it would be slow.
-
-    NVIDIA's GPUs do since Ampere, and x86 processors with AVX512-BF16 (AMD since Zen 4, Intel's servers).
-    """
+    """Whether the device computes in bfloat16 itself, as far as this torch can tell: emulated, it would be slow."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -295,7 +279,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def checkpoint_path(dataset: str, name: str) -> Path:
     """Where the checkpoint of that name, "teacher", "student" or "distilled", is kept."""
-    check("models.py", "CHECKPOINT_DIR", CHECKPOINT_DIR, str)
     folder = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent / CHECKPOINT_DIR)
     return folder / dataset / f"{name}.pt"
 
@@ -322,7 +305,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise SystemExit(f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere.") from None
+        raise SystemExit(
+            f"{path} could not be written ({error}): make room, or set CHECKPOINT_DIR elsewhere."
+        ) from None
 
 
 def read(path: Path) -> dict | None:
@@ -343,13 +328,6 @@ def read(path: Path) -> dict | None:
     return content
 
 
-def on_cpu(value):
-    """The same nested dictionaries, with all tensors on the CPU, so that any machine can load them."""
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
 def save_checkpoint(
     name: str, network: nn.Module, train: ImageSet, recipe: dict, seconds: float = 0.0, curve: Iterable[dict] = ()
 ) -> Path:
@@ -360,7 +338,7 @@ def save_checkpoint(
     content = {
         "network": "teacher" if name == "teacher" else "student",
         "widths": network.widths if isinstance(network, ConvNet) else None,
-        "state_dict": on_cpu(network.state_dict()),
+        "state_dict": {key: value.cpu() for key, value in network.state_dict().items()},  # any machine can load it
         "dataset": train.dataset,
         "fingerprint": train.fingerprint,
         "images": len(train),
@@ -411,12 +389,6 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal digits that follow from the network's weights."""
-    weights = network.state_dict()
-    return data.fingerprint(list(weights), *(value.cpu().flatten().view(torch.uint8).numpy() for value in weights.values()))
-
-
 # Training: what all three loops need and nobody comes to read ---------------------------------------------------------
 
 
@@ -436,8 +408,8 @@ def differences(first: dict, second: dict) -> str:
 class Run:
     """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
 
-    The progress is saved after every epoch, in a file that belongs to the recipe. A run that was killed continues there;
-    on the CPU it ends in the same weights. curve: for each epoch the means of the loss that is trained on, of the
+    The progress is saved after every epoch, in a file that belongs to the recipe. A killed run continues from there; on
+    the CPU it ends in the same weights. curve: for each epoch the means of the loss that is trained on, of the
     cross-entropy on the labels and of the accuracy over the training views, and the accuracy on the hold-out.
     """
 
@@ -477,7 +449,7 @@ class Run:
     def progress(self, batches: Iterable) -> Iterator:
         """Yields the batches, with a bar of what `update` adds up where the output is a terminal."""
         self.totals = torch.zeros(4, dtype=torch.float64, device=self.train.labels.device)
-        started, world_size = time.perf_counter(), data.processes()[1]
+        self.epoch_started, world_size = time.perf_counter(), data.processes()[1]
         title, seen, estimated = f"epoch {self.epoch + 1}/{self.epoch_count}", 0, self.epoch > self.first
         with tqdm(total=len(self.train), desc=title, unit=" images", disable=data.bar_disabled(), leave=False) as bar:
             for batch in batches:
@@ -486,7 +458,7 @@ class Run:
                 seen += len(batch[1]) * world_size
                 if bar.update(len(batch[1]) * world_size):  # true where it is time to draw: only then wait for the GPU
                     bar.set_postfix_str(self._line() + self._time_left(seen), refresh=False)
-                if not estimated and time.perf_counter() - started > 15:
+                if not estimated and time.perf_counter() - self.epoch_started > 15:
                     estimated = True
                     tqdm.write(f"{self.name}: {self._line()} after {seen:,} images{self._time_left(seen)}")
         if world_size > 1:
@@ -494,7 +466,6 @@ class Run:
             for value in (self.totals, *averaged):
                 torch.distributed.all_reduce(value)
                 value /= world_size
-        self.images_per_second = len(self.train) / (time.perf_counter() - started)
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -532,6 +503,7 @@ class Run:
 
     def _end_epoch(self) -> None:
         means, weights = self._means(), self.network.state_dict().values()
+        rate = len(self.train) / (time.perf_counter() - self.epoch_started)
         if not math.isfinite(means["loss"]) or not all(value.isfinite().all() for value in weights):
             raise SystemExit(
                 f"The loss or a weight is no longer finite in epoch {self.epoch + 1}: "
@@ -548,9 +520,9 @@ class Run:
             state |= {"recipe": self.recipe, "curve": self.curve, "random": torch.get_rng_state()}
             if self.totals.is_cuda:
                 state["cuda_random"] = torch.cuda.get_rng_state()
-            write_atomically(self.progress_path, lambda file: torch.save(on_cpu(state), file))
-        rate, left = f"{self.images_per_second:,.0f} images/s", self._time_left(len(self.train))
-        print(f"epoch {self.epoch + 1:3}/{self.epoch_count}: {line}, {rate}{left}", flush=True)
+            write_atomically(self.progress_path, lambda file: torch.save(state, file))
+        line += f", {rate:,.0f} images/s{self._time_left(len(self.train))}"
+        print(f"epoch {self.epoch + 1:3}/{self.epoch_count}: {line}", flush=True)
 
     def _continue(self) -> None:
         """Loads the progress of this recipe; names and keeps the newest one of another recipe, and no more than one."""

@@ -33,24 +33,24 @@ import train_teacher
 
 DEVICE = models.setup()
 
-# Runs a script as `python script.py` does, ends it after 30 steps, and tells the seconds to the first and the memory.
+# Runs a script as `python script.py` does, ends it after 30 steps, and prints the seconds to the first and the memory.
 START = """
 import time
 started = time.time()
 import atexit, resource, sys, torch, models, {script}
-record, steps = models.Run.update, []
+update, steps = models.Run.update, []
 def counted(run, *arguments):
-    record(run, *arguments)
+    update(run, *arguments)
     steps.append(time.time() - started)
     if len(steps) == 30:
         sys.exit()
-def tell():
+def report():
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if sys.platform == "linux":  # where the figure above has the parent's memory in it
         with open("/proc/self/status", encoding="utf-8") as status:
             memory = int(status.read().split("VmHWM:")[1].split()[0]) / 2**20
     print("measured", steps[0] if steps else 0, torch.cuda.max_memory_allocated() / 2**30 or memory)
-atexit.register(tell)
+atexit.register(report)
 models.Run.update = counted
 {script}.main()
 """
@@ -108,7 +108,7 @@ def peak_rate() -> float:
 
     Of matrices, and of a convolution: on some processors the two come from different libraries, of different speed.
     """
-    dtype = getattr(torch, models.precision(DEVICE))
+    dtype = models.precision(DEVICE)
     size, count, channels = (8192, 1000, 512) if DEVICE.type == "cuda" else (2048, 125, 256)
     left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     images = torch.randn(count, channels, 16, 16, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
@@ -147,7 +147,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
     optimizer, schedule = models.make_optimizer(network, 1e-3, 0.0, 10**6)
     recipe = {"BATCH_SIZE": script.BATCH_SIZE, "EPOCHS": 1}
     run = models.Run(name, network, optimizer, schedule, recipe, train, None)
-    run.epoch = 0
+    run.epoch, run.training_started = 0, time.perf_counter()
     fixed = next(batches(train, script))
 
     def step(images, labels):
@@ -181,7 +181,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
     row(f"{name}: the loop's own share of the time", 100 * own, "%")
 
     network.train()
-    if models.precision(DEVICE) == "bfloat16":
+    if models.precision(DEVICE) == torch.bfloat16:
         models.BFLOAT16 = False
         in_float32 = medians(bare, repeats=3)[0]
         models.BFLOAT16 = True
@@ -189,7 +189,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
     network.compile()
     try:
         in_compiled = medians(bare, repeats=5)[0]
-        row(f"{name}: training, the bare loop, COMPILE = True", images / in_compiled, "images/s")
+        row(f"{name}: training, the bare loop, network.compile()", images / in_compiled, "images/s")
     except (RuntimeError, OSError) as error:  # no compiler, mostly
         print(f"{name}: torch.compile does not work here: {str(error).splitlines()[0]}")
 
@@ -201,21 +201,20 @@ def measure_answers(train: data.ImageSet) -> None:
     @torch.no_grad()
     def plain():
         with models.autocast(DEVICE):
-            for images, *_ in data.batches(some, train_student.BATCH_SIZE, 0):
+            for images, *_ in data.batches(some, train_student.BATCH_SIZE):
                 teacher(images)
 
-    ours, usual = medians(lambda: models.predict(teacher, some, 0), plain, repeats=5)
-    row("teacher: its answers to an epoch's views", len(some) / ours, "images/s")
+    ours, usual = medians(lambda: models.predict(teacher, some), plain, repeats=5)
+    row("teacher: prediction", len(some) / ours, "images/s")
     row("teacher: no_grad, training batches", len(some) / usual, "images/s")
 
 
 def measure_epochs(train: data.ImageSet) -> None:
     """Whole scripts, for one epoch, with an untrained teacher: wrong answers cost what right ones do."""
-    models.save_checkpoint("teacher", models.new_network("teacher", train, 0), train, {}, 0.0)
+    models.save_checkpoint("teacher", models.new_network("teacher", train, 0), train, {})
     train_student.EPOCHS = distill.EPOCHS = 1
-    told = []
-    models.Run.save = lambda run: told.append(run.seconds)
-    distill.KEEP_ANSWERS = True
+    measured = []
+    models.Run.save = lambda run: measured.append(run.curve[-1]["seconds"])
 
     def epoch(script):
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -224,17 +223,17 @@ def measure_epochs(train: data.ImageSet) -> None:
                 script.main()
             finally:
                 sys.stdout = out
-        return told[-1]
+        return measured[-1]
 
     load = data.load_train
     data.load_train = lambda device: (train, None)
-    pass_seconds = seconds(lambda: models.predict(models.new_network("teacher", train, 0), train, 0))
-    epoch(distill)  # computes the answers and keeps them
+    passes = seconds(lambda: models.predict(models.new_network("teacher", train, 0), train, mirror=True))
+    epoch(distill)  # to warm up
     pairs = [(epoch(train_student), epoch(distill)) for _ in range(3)]
-    alone, kept = (statistics.median(times) for times in zip(*pairs))
+    alone, with_passes = (statistics.median(times) for times in zip(*pairs))
     row("epoch of train_student.py", alone, "s")
-    row("epoch of distill.py, answers kept", kept, "s", f"{statistics.median(b / a for a, b in pairs):.2f} times")
-    row("epoch of distill.py, no answers kept", kept + pass_seconds, "s", "the teacher's pass added")
+    row("the teacher's two passes, once for all epochs", passes, "s")
+    row("epoch of distill.py without them", with_passes - passes, "s")
 
     quarter = len(train) // 4
     few = replace(train, images=train.images[:quarter], labels=train.labels[:quarter], index=train.index[:quarter])

@@ -6,8 +6,8 @@ Seed s of teacher, student and distilled student alike; the two students start f
 batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
 trained again, so that an interrupted series goes on where it was: delete the folders after editing a constant.
 
-With HOLD_OUT in data.py above 0 all figures are those of the hold-out and no test image is read: for choosing constants.
-Its difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
+With HOLD_OUT in data.py above 0 the figures are those of the hold-out and no test image is read: to choose constants.
+The difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
 """
 
 import json
@@ -87,7 +87,8 @@ def main() -> None:
     for name in models.SCRIPTS:
         rows = [run["models"][name] for run in runs]
         columns = (
-            f"{mean_and_deviation([scale * row[key] for row in rows], digits):>{width}}" for key, scale, digits, width in COLUMNS
+            f"{mean_and_deviation([scale * row[key] for row in rows], digits):>{width}}"
+            for key, scale, digits, width in COLUMNS
         )
         print(f"{name:12}{''.join(columns)}")
     print(f"\ndistilled - student, paired by seed; 95 % intervals by Student's t over {len(runs)} seeds")

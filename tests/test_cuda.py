@@ -81,3 +81,30 @@ def test_training_and_prediction_stay_on_the_device(device, monkeypatch):
     assert run.curve[0]["hold_out_accuracy"] is not None
     logits = models.predict(student, hold_out)
     assert logits.shape == (20, 10) and F.cross_entropy(logits, hold_out.labels).device.type == device.type
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """What setup() asks of torch.cuda, as on a machine with one GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield chosen
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_setup_takes_the_gpu_and_float32_means_float32(bfloat16, one_gpu, monkeypatch):
+    monkeypatch.setattr(models, "BFLOAT16", bfloat16)
+    assert models.setup() == torch.device("cuda", 0) and one_gpu == [torch.device("cuda", 0)]
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == bfloat16
+
+
+def test_more_processes_than_gpus_are_one_sentence(one_gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="^torchrun must start one process per GPU, 1 at most here.$"):
+        models.setup()
+    assert not one_gpu

@@ -183,7 +183,6 @@ def test_a_learning_curve_that_cannot_be_written_costs_a_warning_and_nothing_els
     "module, name, value",
     [
         (models, "CHECKPOINT_DIR", 3),
-        (models, "COMPILE", "no"),
         (models, "BFLOAT16", 1),
         (models, "MUON_MOMENTUM", 2),
         (models, "MUON_SHARE", 0),

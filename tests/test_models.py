@@ -398,10 +398,10 @@ def test_constants_out_of_range_are_named(script, name, value, tiny, monkeypatch
 
 
 @pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, 1.5), 8, (8,) * 5])
-def test_widths_that_make_no_network_are_named(widths, monkeypatch):
+def test_widths_that_make_no_network_are_named(widths, tiny, monkeypatch):
     monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
     with pytest.raises(SystemExit, match="^STUDENT_WIDTHS = .* in models.py must be"):
-        models.student(10)
+        train_student.main()
 
 
 def test_other_passes_over_the_data_do_not_change_the_weights(tiny, monkeypatch):

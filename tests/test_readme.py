@@ -24,7 +24,7 @@ def code_under(heading, number=0):
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
 
 
-def test_the_sections_that_use_the_student(tiny, tmp_path, monkeypatch, capsys):
+def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     train_teacher.main()
     distill.main()
     tiny.rename(tmp_path / "cifar10")
@@ -35,13 +35,16 @@ def test_the_sections_that_use_the_student(tiny, tmp_path, monkeypatch, capsys):
     lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
     shares = [float(share) for share, _ in lines]
     assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
-    exec(code_under("Export the student"), {})
-    assert (tmp_path / "fixed.pt2").exists() and (tmp_path / "dynamic.pt2").exists()
+    student, checkpoint = models.load_checkpoint("distilled", "cifar10")
+    exported = torch.export.load(tmp_path / "student.pt2").module()
+    for count in (3, 8):
+        pictures = torch.randn(count, 3, 32, 32)
+        assert torch.allclose(exported(pictures), student(pictures), atol=1e-5)
 
 
 def test_the_section_on_own_networks(tiny, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Your own networks"), defined)  # the README's own text
+    exec(code_under("Your own images and networks"), defined)  # the README's own text
     monkeypatch.setattr(models, "student", defined["student"])
     monkeypatch.setattr(train_student, "EPOCHS", 1)
     monkeypatch.setattr(train_student, "BATCH_SIZE", 100)
@@ -55,11 +58,11 @@ def test_the_section_on_own_networks(tiny, monkeypatch):
 
 def test_the_section_on_a_teacher_of_ones_own(tiny, tmp_path, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Your own networks"), defined)
+    exec(code_under("Your own images and networks"), defined)
     monkeypatch.setattr(models, "teacher", defined["student"])
     torch.save(models.teacher(10).state_dict(), tmp_path / "my_weights.pt")
     monkeypatch.chdir(tmp_path)
-    exec(code_under("Your own networks", 1), {})
+    exec(code_under("Your own images and networks", 1), {})
     network, _ = models.load_checkpoint("teacher", "synthetic")
     assert same(network.state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
     monkeypatch.setattr(distill, "EPOCHS", 1)
