@@ -229,8 +229,8 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
             torch.distributed.barrier()
     except (OSError, EOFError, RuntimeError, tarfile.TarError, zlib.error) as error:  # OSError: no network, no disk
         raise SystemExit(
-            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}): put a sound {CIFAR10.filename} there "
-            f"(from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
+            f"CIFAR-10 is not in {folder} (DATA_DIR) and could not be downloaded ({error}): put a sound "
+            f"{CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
