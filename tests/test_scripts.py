@@ -43,6 +43,19 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_goes_on(copy):
     assert checkpoint.exists() and not list(checkpoint.parent.glob("*progress*"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+@pytest.mark.parametrize("where", ["data.load_train", "models.predict"])
+def test_an_interruption_before_the_first_epoch_is_one_sentence(where, copy):
+    """While the images are loaded, and while the teacher answers."""
+    assert copy.run("train_teacher.py").returncode == 0
+    interrupt = f"def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\n{where} = interrupted"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
+    code = f"import data, distill, models, os, signal, time\n{interrupt}\n{heard}\nmodels.run_script(distill.main)"
+    done = copy.run("-c", code)
+    assert done.returncode == 130
+    assert done.stderr == "\nInterrupted. The same command continues after the last finished epoch.\n"
+
+
 def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
     copy.edit("data.py", HOLD_OUT=40)
     done = copy.run("train_student.py")
