@@ -76,9 +76,10 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
         )
     held_out = hold_out_positions(labels, HOLD_OUT)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
-    mean, std = channel_statistics(images[rest])
-    own = mean, std, fingerprint(images[rest], labels[rest], classes, mean, std)
-    train = _image_set(add_border(images[rest], SHIFT), labels[rest], classes, rest, device, *own)
+    kept, kept_labels = images[rest], labels[rest]
+    mean, std = channel_statistics(kept)
+    own = mean, std, fingerprint(kept, kept_labels, classes, mean, std)
+    train = _image_set(add_border(kept, SHIFT), kept_labels, classes, rest, device, *own)
     hold_out = _image_set(images[held_out], labels[held_out], classes, held_out, device, *own)
     return train, hold_out if HOLD_OUT else None
 

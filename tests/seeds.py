@@ -46,10 +46,9 @@ def results_of(seed: int, root: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def gains_by_image(seed: int, root: Path) -> torch.Tensor:
+def gains_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
     """How much more often right, in %, and how much lower in loss the distilled student is than the student: [2, N]."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
-    images = data.load_test("cpu")
     figures = []
     for name in ("distilled", "student"):
         network, checkpoint = models.load_checkpoint(name, images.dataset, images)
@@ -98,7 +97,8 @@ def main() -> None:
         mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
         print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
-    gains = torch.stack([gains_by_image(seed, root) for seed in SEEDS]).mean(0).double()
+    images = data.load_test("cpu")
+    gains = torch.stack([gains_by_image(seed, root, images) for seed in SEEDS]).mean(0).double()
     halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
     print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")
     for name, digits, mean, half in zip(("accuracy", "loss"), (2, 4), gains.mean(1).tolist(), halves.tolist()):
