@@ -302,13 +302,13 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         waves = np.zeros((count, SIZE, SIZE, 3), np.float32)
         for _ in range(2):
             across = draw(-0.6, 0.6, 1, 1) * grid[None, None, :] + draw(-0.6, 0.6, 1, 1) * grid[None, :, None]
-            waves += draw(-0.2, 0.2, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
+            waves += draw(-0.26, 0.26, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
         return waves
 
     ground = draw(0.2, 0.8, 1, 1, 3)
-    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.4, 1, 1, 3)  # lighter or darker, in each channel
+    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.35, 1, 1, 3)  # lighter or darker, in each channel
     images = (1 - cover) * (ground + texture()) + cover * (flower + texture())
-    images += rng.normal(0, 0.06, images.shape).astype(np.float32)
+    images += rng.normal(0, 0.08, images.shape).astype(np.float32)
     names = [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
     return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
 
@@ -316,7 +316,7 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def synthetic_chances(petals: np.ndarray) -> np.ndarray:
     """With which chance a flower of that many petals [N], 3 to 7, is labelled as one of 3, 4, 5, 6 and 7: [N, 5]."""
     fewer = np.floor(petals).clip(3, 6)
-    more = 1 / (1 + np.exp(-14 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
+    more = 1 / (1 + np.exp(-10 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
     numbers = np.arange(3, 8)
     return (numbers == fewer[:, None]) * (1 - more)[:, None] + (numbers == fewer[:, None] + 1) * more[:, None]
 
@@ -342,7 +342,7 @@ LIMITS = {  # constant: type, least, most (a tuple's: of its length), and "above
     "KD_WEIGHT": (float, 0, 1),
     "MOMENTUM": (float, 0, 1, "above"),
     "MUON_MOMENTUM": (float, 0, 1),
-    "MUON_SHARE": (float, 0, 1e38, "above"),
+    "MUON_SCALE": (float, 0, 1e38, "above"),
     "WARM_UP": (float, 0, 1),
 }
 

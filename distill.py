@@ -14,7 +14,7 @@ import data
 import models
 
 SEED = 0  # of the initial weights and the order of the images
-EPOCHS = 20  # passes over the training images
+EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
 WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon

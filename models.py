@@ -26,7 +26,7 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, and of each stage 
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SHARE = 0.25  # of LEARNING_RATE: by how much a step of Muon turns a kernel, in radians
+MUON_SCALE = 22.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / sqrt(steps) radians a step, at the peak
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
@@ -189,7 +189,7 @@ class Muon(torch.optim.SGD):
             torch._foreach_reciprocal_(scales)
             torch._foreach_mul_(scales, [len(kernel) ** 0.5 for kernel in kernels])
             torch._foreach_mul_(kernels, scales)
-            torch._foreach_sub_(kernels, steps, alpha=MUON_SHARE * group["lr"])
+            torch._foreach_sub_(kernels, steps, alpha=group["lr"])
         super().step()
 
     def _average_gradients(self) -> None:
@@ -222,15 +222,18 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """`Muon`, and its schedule: a straight line up to learning_rate, a straight line down to 0.
 
-    Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. Everything else, in
-    any network, is SGD's, with weight decay on all but biases and normalisation.
+    Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. The fewer steps, the
+    more each of them turns a kernel, so that one learning_rate suits trainings of any length: turns in random directions
+    add up as the square root of their number. Everything else, in any network, is SGD's, with weight decay on all but
+    biases and normalisation.
     """
     stages = [module for module in network.modules() if isinstance(module, Stage)]
     kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     rest = [parameter for parameter in trained if parameter not in kernels]
+    angle = learning_rate * MUON_SCALE / max(1, steps) ** 0.5
     groups = [
-        {"params": [p for p in trained if p in kernels], "weight_decay": 0.0, "muon": True},
+        {"params": [p for p in trained if p in kernels], "lr": angle, "weight_decay": 0.0, "muon": True},
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
     ]

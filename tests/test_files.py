@@ -185,7 +185,7 @@ def test_a_learning_curve_that_cannot_be_written_costs_a_warning_and_nothing_els
         (models, "CHECKPOINT_DIR", 3),
         (models, "BFLOAT16", 1),
         (models, "MUON_MOMENTUM", 2),
-        (models, "MUON_SHARE", 0),
+        (models, "MUON_SCALE", 0),
         (models, "WARM_UP", -0.1),
         (data, "DATA_DIR", ""),
     ],

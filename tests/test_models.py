@@ -42,13 +42,13 @@ def test_the_schedule_rises_to_the_learning_rate_and_falls_to_zero():
         optimizer, schedule = models.make_optimizer(nn.Linear(3, 2), 0.5, 1e-3, steps)
         rates = []
         for _ in range(steps):
-            rates.append(optimizer.param_groups[0]["lr"])
+            rates.append(optimizer.param_groups[1]["lr"])
             optimizer.step()
             schedule.step()
         assert 0 < min(rates) and max(rates) <= 0.5
         peak = rates.index(max(rates))
         assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
-        assert schedule.get_last_lr()[0] == pytest.approx(0)
+        assert schedule.get_last_lr() == pytest.approx([0, 0, 0])
     assert max(rates) == pytest.approx(0.5) and peak == pytest.approx(200, abs=1)
 
 
@@ -70,7 +70,8 @@ def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
     other = copy.deepcopy(network)
     muon, _ = models.make_optimizer(network, 0.1, 0.01, 10)
     sgd = torch.optim.SGD(other[2].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
-    sgd.param_groups[0]["lr"] = muon.param_groups[0]["lr"]
+    angle, sgd.param_groups[0]["lr"] = (group["lr"] for group in muon.param_groups[:2])
+    assert angle == pytest.approx(sgd.param_groups[0]["lr"] * models.MUON_SCALE / 10**0.5)
     kernel, momentum = network[0].conv1.weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
         for model in (network, other):
@@ -80,7 +81,7 @@ def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
         muon.step()
         momentum = models.MUON_MOMENTUM * momentum + gradient
         turn = models.orthogonalise(gradient + models.MUON_MOMENTUM * momentum).view_as(kernel)
-        kernel = kernel * 2 / kernel.norm() - models.MUON_SHARE * muon.param_groups[0]["lr"] * turn
+        kernel = kernel * 2 / kernel.norm() - angle * turn
         assert torch.allclose(network[0].conv1.weight, kernel, atol=1e-6)
         other[0].load_state_dict(network[0].state_dict())
         other[2].weight.grad.add_(other[2].weight, alpha=0.01)
