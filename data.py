@@ -25,7 +25,7 @@ from torchvision.datasets.folder import Image  # Pillow's, which torchvision bri
 from tqdm import tqdm
 
 DATASET = "cifar10"  # "cifar10", "synthetic", or a folder with train/<class>/* and test/<class>/*; environment: DATASET
-DATA_DIR = "data"  # downloads; beside this file unless absolute; environment: DATA_DIR
+DATA_DIR = "data"  # downloads; beside this file unless absolute; or DATA_DIR in the environment
 HOLD_OUT = 0  # training images set aside to tune on, reported after each epoch; 0 trains on all of them
 VIEW_SEED = 0  # seeds shifts and mirrorings; another number shows other views of the same images
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
@@ -79,7 +79,8 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     kept, kept_labels = images[rest], labels[rest]
     mean, std = channel_statistics(kept)
     own = mean, std, fingerprint(kept, kept_labels, classes, mean, std)
-    train = _image_set(add_border(kept, SHIFT), kept_labels, classes, rest, device, *own)
+    bordered = np.pad(kept, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="reflect")
+    train = _image_set(bordered, kept_labels, classes, rest, device, *own)
     hold_out = _image_set(images[held_out], labels[held_out], classes, held_out, device, *own)
     return train, hold_out if HOLD_OUT else None
 
@@ -112,7 +113,8 @@ def batches(
     if epoch is not None:
         drawn = draw_views(epoch, int(split.index.max()) + 1)
         down, right, mirrored = (part.to(device)[split.index] for part in drawn)
-    scale, offset = normalisation(split)
+    mean, std = torch.tensor([split.mean, split.std]).to(device).repeat(1, SIZE)  # of each value in a row of pixels
+    scale, offset = 1 / (255 * std), -mean / std
     order = torch.arange(count, device=device)
     if seed is not None:
         order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch or 0]).permutation(count)).to(device)
@@ -123,7 +125,9 @@ def batches(
         images = crops[positions, down[positions], right[positions]]
         if epoch is not None:
             images = torch.where(mirrored[positions, None, None, None], images.flip(2), images)
-        yield normalise(images, scale, offset), split.labels[positions], positions
+        rows = images.flatten(2).float()  # a row at a time is ten times as fast as a pixel at a time
+        images = rows.mul_(scale).add_(offset).view(images.shape).permute(0, 3, 1, 2)
+        yield images, split.labels[positions], positions
 
 
 def batch_count(images: int, batch_size: int) -> int:
@@ -143,26 +147,6 @@ def draw_views(epoch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(down), torch.tensor(right), torch.tensor((first + epoch) % 2 == 1)
 
 
-def normalise(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W], channels-last in memory: images * scale + offset.
-
-    scale, offset: float32 [W * 3], see `normalisation`. A row at a time is ten times as fast as a pixel at a time.
-    """
-    rows = images.flatten(2).float()
-    return rows.mul_(scale).add_(offset).view(images.shape).permute(0, 3, 1, 2)
-
-
-def normalisation(split: ImageSet) -> tuple[Tensor, Tensor]:
-    """What `normalise` needs to make (image / 255 - mean) / std of the split's images, on their device."""
-    mean, std = torch.tensor([split.mean, split.std]).to(split.images.device)
-    return (1 / (255 * std)).repeat(SIZE), (-mean / std).repeat(SIZE)
-
-
-def add_border(images: np.ndarray, border: int) -> np.ndarray:
-    """[N, H, W, 3] to [N, H + 2 * border, W + 2 * border, 3], mirrored about the edge pixels."""
-    return np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)), mode="reflect")
-
-
 def hold_out_positions(labels: np.ndarray, count: int) -> np.ndarray:
     """Which `count` images to set aside: every class in its share to within one, the same ones on every run."""
     order = np.random.default_rng(SETTING_ASIDE).permutation(len(labels))
@@ -176,23 +160,17 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     total = images.reshape(rows).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
     squares = np.square(images, dtype=np.uint16).reshape(rows).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
     mean = total / count / 255
-    std = np.sqrt(squares / count / 255**2 - mean**2)
-    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())  # a constant channel must not divide by 0
+    variance = squares / count / 255**2 - mean**2
+    std = np.sqrt(np.maximum(variance, 1 / 255**2))  # a channel of one value must not divide by 0
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 # Where the images come from -------------------------------------------------------------------------------------------
 
 
-def _dataset() -> str:
-    dataset = os.environ.get("DATASET") or DATASET
-    if not isinstance(dataset, str) or not dataset:
-        raise SystemExit(f"DATASET = {dataset!r} in data.py must be 'cifar10', 'synthetic' or the path of a folder.")
-    return dataset
-
-
 def dataset_name() -> str:
     """What the checkpoints' folder is called: the DATASET's own name, or a folder's with a hash of its whole path."""
-    dataset = _dataset()
+    dataset = os.environ.get("DATASET") or DATASET
     if dataset in ("cifar10", "synthetic"):
         return dataset
     path = Path(dataset).resolve()
@@ -202,7 +180,7 @@ def dataset_name() -> str:
 def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
     check_constants(__file__, globals())
-    dataset = _dataset()
+    dataset = os.environ.get("DATASET") or DATASET
     if dataset == "cifar10":
         images, labels, classes = _cifar10(split)
     elif dataset == "synthetic":
@@ -240,15 +218,12 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
 
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     """root/<split>/<class>/*, all the files that Pillow knows by their endings, resized to 32x32."""
-    if not root.is_dir():
-        raise SystemExit(f"DATASET = {str(root)!r} (data.py) must be cifar10, synthetic or a folder that exists.")
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise SystemExit(f"The folder {root} (DATASET) has no {part}/ in it: it needs {part}/<class>/<images>.")
-    train, test = ({entry.name for entry in (root / part).iterdir() if entry.is_dir()} for part in ("train", "test"))
-    if train != test:
-        only = sorted(train ^ test)
-        raise SystemExit(f"train/ and test/ in {root} (DATASET) must hold the same classes; only one has {only[:5]}.")
+    train, test = ({entry.name for entry in (root / part).glob("*") if entry.is_dir()} for part in ("train", "test"))
+    if train != test or len(train) < 2:
+        raise SystemExit(
+            f"DATASET = {str(root)!r} (data.py) must be cifar10, synthetic or a folder with train/<class>/<images> and "
+            f"test/<class>/<images>, the same classes in both, two at least; only one has {sorted(train ^ test)[:5]}."
+        )
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
         folder = ImageFolder(root / split, is_valid_file=lambda path: Path(path).suffix.lower() in endings)
@@ -283,9 +258,10 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
     petals, outlined = draw(2.5, 7.5).clip(3, 7), np.arange(count) % 2
-    chances = synthetic_chances(petals)
-    labels = 2 * (chances.cumsum(1) < draw(0, 1, 1)).sum(1) + outlined
-    fewer, share = np.floor(petals)[:, None, None], (petals % 1)[:, None, None]
+    fewer = np.floor(petals).clip(3, 6)
+    share = petals - fewer
+    labels = 2 * (fewer.astype(np.int64) - 3 + (draw(0, 1) >= 1 - synthetic_chances(share))) + outlined
+    fewer, share = fewer[:, None, None], share[:, None, None]
     grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
     x = grid[None, None, :] - draw(-5, 5, 1, 1)
     y = grid[None, :, None] - draw(-5, 5, 1, 1)
@@ -313,65 +289,58 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
 
 
-def synthetic_chances(petals: np.ndarray) -> np.ndarray:
-    """With which chance a flower of that many petals [N], 3 to 7, is labelled as one of 3, 4, 5, 6 and 7: [N, 5]."""
-    fewer = np.floor(petals).clip(3, 6)
-    more = 1 / (1 + np.exp(-10 * (petals - fewer - 0.5)))  # half at the middle, nearly sure at a whole number
-    numbers = np.arange(3, 8)
-    return (numbers == fewer[:, None]) * (1 - more)[:, None] + (numbers == fewer[:, None] + 1) * more[:, None]
+def synthetic_chances(share: np.ndarray) -> np.ndarray:
+    """With which chance [N] flowers that stand at `share` [N] between two numbers of petals get the higher one."""
+    return 1 / (1 + np.exp(-10 * (share - 0.5)))  # half at the middle, nearly sure at a whole number
 
 
 # What all scripts share -----------------------------------------------------------------------------------------------
 
-LIMITS = {  # constant: type, least, most (a tuple's: of its length), and "above" where the least is not allowed
-    "DATA_DIR": (str,),
-    "CHECKPOINT_DIR": (str,),
+LIMITS = {  # constant: type, least, most; of texts and tuples these limit the length
+    "DATASET": (str, 1, math.inf),
+    "DATA_DIR": (str, 1, math.inf),
+    "CHECKPOINT_DIR": (str, 1, math.inf),
     "TEACHER_WIDTHS": (tuple, 2, 4),
     "STUDENT_WIDTHS": (tuple, 2, 4),
-    "BFLOAT16": (bool,),
-    "HOLD_OUT": (int, 0),
-    "VIEW_SEED": (int, 0),
+    "BFLOAT16": (bool, 0, 1),
+    "HOLD_OUT": (int, 0, math.inf),
+    "VIEW_SEED": (int, 0, math.inf),
     "SHIFT": (int, 0, SIZE - 1),
     "SEED": (int, 0, 2**63 - 1),
-    "EPOCHS": (int, 1),
-    "BATCH_SIZE": (int, 1),
-    "LEARNING_RATE": (float, 0, 1e38, "above"),
+    "EPOCHS": (int, 1, math.inf),
+    "BATCH_SIZE": (int, 1, math.inf),
+    "LEARNING_RATE": (float, 1e-12, 1e38),
     "WEIGHT_DECAY": (float, 0, 1e38),
     "LABEL_SMOOTHING": (float, 0, 1),
     "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
     "KD_WEIGHT": (float, 0, 1),
-    "MOMENTUM": (float, 0, 1, "above"),
+    "MOMENTUM": (float, 1e-12, 1),
     "MUON_MOMENTUM": (float, 0, 1),
-    "MUON_SCALE": (float, 0, 1e38, "above"),
+    "MUON_SCALE": (float, 1e-12, 1e38),
     "WARM_UP": (float, 0, 1),
+}
+WANTED = {
+    str: "a text that is not empty",
+    tuple: "a tuple of {} to {} whole numbers of at least 1",
+    bool: "True or False",
+    int: "a whole number from {} to {}",
+    float: "a number from {} to {}",
 }
 
 
 def check_constants(file: str, constants: dict) -> dict:
-    """Checks those of a file's global names that have limits. Returns the numbers, which decide what training does."""
+    """Ends the script with one sentence unless those of a file's global names that have limits are within them.
+
+    Returns the numbers among them, which decide what a training does.
+    """
     limited = {name: constants[name] for name in LIMITS if name in constants}
     for name, value in limited.items():
-        check(Path(file).name, name, value, *LIMITS[name])
+        kind, low, high = LIMITS[name]
+        valid = type(value) is kind or (kind is float and type(value) is int)
+        valid = valid and low <= (len(value) if kind in (str, tuple) else value) <= high
+        if not valid or (kind is tuple and not all(type(part) is int and part >= 1 for part in value)):
+            raise SystemExit(f"{name} = {value!r} in {Path(file).name} must be {WANTED[kind].format(low, high)}.")
     return {name: value for name, value in limited.items() if LIMITS[name][0] in (int, float)}
-
-
-def check(file: str, name: str, value, kind: type, low: float = 0, high: float = math.inf, above: str = "") -> None:
-    """Ends the script with one sentence unless value is a `kind`; a number from low (above it if so said) to high."""
-    if kind is bool:
-        valid, wanted = isinstance(value, bool), "True or False"
-    elif kind is str:
-        valid, wanted = isinstance(value, str) and value != "", "a text that is not empty"
-    elif kind is tuple:
-        valid = isinstance(value, (tuple, list)) and low <= len(value) <= high
-        valid = valid and all(type(part) is int and part >= 1 for part in value)
-        wanted = f"{low} to {high} whole numbers of at least 1"
-    else:
-        valid = type(value) is int or (type(value) is float and kind is float and math.isfinite(value))
-        valid = valid and (low < value if above else low <= value) and value <= high
-        wanted = f"{'a whole number' if kind is int else 'a number'} {above or 'of at least'} {low}"
-        wanted += f" and at most {high}" if high < math.inf else ""
-    if not valid:
-        raise SystemExit(f"{name} = {value!r} in {file} must be {wanted}.")
 
 
 def fingerprint(*parts) -> str:

@@ -141,8 +141,8 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     sentences.append(f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.")
     if low <= 0 <= high:
         sentences.append(f"That is no difference that {len(labels):,} test images can show.")
-    else:
-        gap, least, _ = paired_difference(correct["teacher"], correct["student"]) if "teacher" in correct else (0, 0, 0)
+    elif low > 0 and "teacher" in correct:
+        gap, least, _ = paired_difference(correct["teacher"], correct["student"])
         if least > 0:
             results["gap_closed"] = points / gap
             results["gap_closed_ci95"] = low, high = gap_interval(**correct)
@@ -189,7 +189,7 @@ def main() -> None:
     comparison, sentences = compare(figures, logits, labels)
     results = about | {"models": figures} | comparison | {"undecided": []}
     if len(logits) == 3:
-        temperature = checkpoints["distilled"]["recipe"]["TEMPERATURE"]
+        temperature = checkpoints["distilled"]["recipe"].get("TEMPERATURE", 1)
         results["undecided"] = undecided(logits, labels, test.classes, temperature)
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
@@ -242,7 +242,7 @@ def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> Non
     """
     rows = [["cost"] * 2 + ["learning"] * 2, ["calibration"] * 2 + ["classes"] * 2]
     if pictures:
-        rows += [[f"{what} {number % len(pictures)}" for number in range(4)] for what in ("picture", "shares")]
+        rows += [[f"{what} {number * len(pictures) // 4}" for number in range(4)] for what in ("picture", "shares")]
     axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 1.6, 1.9][: len(rows)])
     cost, learning, calibration, classes = (axes[name] for name in ("cost", "learning", "calibration", "classes"))
     networks = results["models"]

@@ -3,10 +3,8 @@
 import csv
 import datetime
 import functools
-import glob
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +27,9 @@ MUON_MOMENTUM = 0.6  # of Muon
 MUON_SCALE = 22.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / sqrt(steps) radians a step, at the peak
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
-CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; environment: CHECKPOINT_DIR
+CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
 
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
-ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 
 
 # Networks: anything that maps [B, 3, 32, 32] to [B, classes] can be returned by teacher() or student() ---------------
@@ -132,7 +129,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         if data.processes()[0] == 0:
-            print("\nInterrupted. The same command continues after the last finished epoch.", file=sys.stderr)
+            print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
         sys.exit(130)
     if data.processes()[1] > 1:
         torch.distributed.destroy_process_group()  # after a failure it could wait for the other ranks forever
@@ -143,8 +140,7 @@ def has_bfloat16(device_type: str) -> bool:
     """Whether the device computes in bfloat16 itself, as far as this torch can tell: emulated, it would be slow."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device_type == "cpu" and capabilities.get("avx512_bf16", False)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -222,10 +218,10 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """`Muon`, and its schedule: a straight line up to learning_rate, a straight line down to 0.
 
-    Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. The fewer steps, the
-    more each of them turns a kernel, so that one learning_rate suits trainings of any length: turns in random directions
-    add up as the square root of their number. Everything else, in any network, is SGD's, with weight decay on all but
-    biases and normalisation.
+    Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. The fewer steps,
+    the more each of them turns a kernel, so that one learning_rate suits short and long trainings: turns in random
+    directions add up as the square root of their number. Everything else, in any network, is SGD's, with weight decay
+    on all but biases and normalisation.
     """
     stages = [module for module in network.modules() if isinstance(module, Stage)]
     kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
@@ -252,7 +248,7 @@ def predict(network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor
 
     With mirror, the mean of those for each image and for its mirror image.
     """
-    device, training, parts = split.labels.device, network.training, []
+    device, training, whole = split.labels.device, network.training, None
     batch_size = 2000 if device.type == "cuda" else 125  # what fills a GPU, what fits a CPU's cache
     network.eval()
     with autocast(device), tqdm(total=len(split), unit=" images", disable=data.bar_disabled(), leave=False) as bar:
@@ -260,15 +256,13 @@ def predict(network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor
             logits = network(images).float()
             if mirror:
                 logits = (logits + network(images.flip(3)).float()) / 2
-            parts.append((logits, positions))
+            if whole is None:
+                whole = logits.new_zeros(len(split), logits.shape[1])
+            whole[positions] = logits
             bar.update(len(positions) * data.processes()[1])
     network.train(training)
-    logits, positions = (torch.cat(part) for part in zip(*parts))
-    if data.processes()[1] == 1:
-        return logits
-    whole = logits.new_zeros(len(split), logits.shape[1])
-    whole[positions] = logits
-    torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
+    if data.processes()[1] > 1:
+        torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
     return whole
 
 
@@ -296,9 +290,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a run that was killed while it wrote
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink(missing_ok=True)
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -322,7 +313,7 @@ def read(path: Path) -> dict | None:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except PermissionError as error:
             raise SystemExit(f"{path} may not be read: {error}.") from None
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        except Exception:  # torch raises nearly anything on a damaged file
             content = {}
         content = content if isinstance(content, dict) else {}
     if data.processes()[1] > 1:
@@ -367,7 +358,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     checkpoint = read(path)
     if checkpoint is None:
         raise SystemExit(f"There is no {path} yet: run python {script} first.")
-    needed = {"network", "widths", "state_dict", "dataset", "fingerprint", "classes", "mean", "std", "recipe"}
+    needed = {"network", "widths", "state_dict", "fingerprint", "images", "classes", "mean", "std", "recipe", "seconds"}
     if not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
         raise SystemExit(
             f"{path} is damaged, or not a checkpoint of this version of the project: delete it and run python {script}."
@@ -427,7 +418,7 @@ class Run:
                 f"BATCH_SIZE = {batch_size} in {SCRIPTS[name]} must be at most {len(train)}, the number of training "
                 f"images, and at least one image for each of {world_size} processes."
             )
-        self.curve, self.seconds_before = [], 0.0
+        self.curve = []
         path = checkpoint_path(train.dataset, name)
         self.progress_path = path.with_name(f"{name}.{data.fingerprint(self.recipe)[:8]}.progress.pt")
         try:
@@ -435,7 +426,8 @@ class Run:
         except OSError as error:
             raise SystemExit(f"{path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         self._continue()
-        self.first, self.started = len(self.curve), time.perf_counter()
+        self.first = len(self.curve)
+        self.started = time.perf_counter() - (self.curve[-1]["seconds"] if self.curve else 0)  # as if in one go
         parameters, device = sum(parameter.numel() for parameter in network.parameters()), train.labels.device.type
         where = f"cpu (threads: {torch.get_num_threads()})" if device == "cpu" else device
         where = f"{world_size} x {where}" if world_size > 1 else where
@@ -478,15 +470,13 @@ class Run:
 
     def save(self) -> None:
         """Saves the checkpoint and the learning curve (CSV) and removes the progress."""
-        seconds = self.seconds_before + time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.started
         path = save_checkpoint(self.name, self.network, self.train, self.recipe, seconds, self.curve)
         if data.processes()[0] == 0:
             self.progress_path.unlink(missing_ok=True)
             try:
                 with open(path.with_suffix(".csv"), "w", newline="") as file:
-                    table = csv.DictWriter(file, self.curve[0])
-                    table.writeheader()
-                    table.writerows(self.curve)
+                    csv.writer(file).writerows([self.curve[0], *(line.values() for line in self.curve)])
             except OSError as error:  # it only informs: the checkpoint holds the same
                 print(f"{path.with_suffix('.csv')} could not be written: {error}.")
         print(f"Saved {path} after {seconds:.0f} s.", flush=True)
@@ -516,7 +506,7 @@ class Run:
         if self.hold_out:
             means["hold_out_accuracy"] = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
             line += f", hold-out {means['hold_out_accuracy']:.2%}"
-        means["seconds"] = self.seconds_before + time.perf_counter() - self.started
+        means["seconds"] = time.perf_counter() - self.started
         self.curve.append({"epoch": self.epoch + 1, **means})
         if self.epoch + 1 < self.epoch_count:
             state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -528,16 +518,13 @@ class Run:
         print(f"epoch {self.epoch + 1:3}/{self.epoch_count}: {line}", flush=True)
 
     def _continue(self) -> None:
-        """Loads the progress of this recipe; names and keeps the newest one of another recipe, and no more than one."""
-        others = set(self.progress_path.parent.glob(f"{self.name}.*.progress.pt")) - {self.progress_path}
-        others = sorted(others, key=lambda path: path.stat().st_mtime)
-        if others:
-            differing = differences((read(others[-1]) or {}).get("recipe", {}), self.recipe)
-            print(f"An unfinished run with other constants is kept in {others[-1]}; its and today's: {differing}.")
-        progress = read(self.progress_path)  # which no process leaves before all have come here
-        if data.processes()[0] == 0:
-            for path in others[:-1]:
-                path.unlink(missing_ok=True)
+        """Loads the progress of this recipe; names unfinished runs with other constants."""
+        for path in sorted(self.progress_path.parent.glob(f"{self.name}.*.progress.pt")):
+            if path != self.progress_path:
+                differing = differences((read(path) or {}).get("recipe", {}), self.recipe)
+                print(f"{path} is an unfinished run that had other constants; its and today's: {differing}.")
+                print("With its constants it would go on. Delete it if it is not needed.")
+        progress = read(self.progress_path)
         if progress is None:
             return
         if progress.get("recipe") != self.recipe:
@@ -548,5 +535,5 @@ class Run:
         torch.set_rng_state(progress["random"])
         if "cuda_random" in progress:
             torch.cuda.set_rng_state(progress["cuda_random"])
-        self.curve, self.seconds_before = progress["curve"], progress["curve"][-1]["seconds"]
+        self.curve = progress["curve"]
         print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.epoch_count}.")

@@ -1,4 +1,4 @@
-"""Repeats the four scripts over seeds and prints every figure's mean, standard deviation and paired difference.
+"""Repeats the four scripts over seeds and prints means, standard deviations and paired differences.
 
     DATASET=synthetic python tests/seeds.py
 
@@ -77,7 +77,8 @@ def main() -> None:
     runs = []
     for seed in SEEDS:
         runs.append(results_of(seed, root))
-        if recipes_of(runs[-1]) != recipes_of(runs[0]):  # said before hours go into the seeds after it
+        teacher, *_ = recipes_of(runs[-1])
+        if recipes_of(runs[-1]) != recipes_of(runs[0]) or teacher["HOLD_OUT"] != data.HOLD_OUT:  # before hours are lost
             raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
     first = runs[0]
     split = "hold-out" if data.HOLD_OUT else "test"

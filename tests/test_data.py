@@ -20,7 +20,7 @@ def image_set(count=30, classes=3, border=None):
     border = data.SHIFT if border is None else border
     rng = np.random.default_rng(7)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    bordered = torch.from_numpy(data.add_border(images, border))
+    bordered = torch.from_numpy(np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)), mode="reflect"))
     images = torch.from_numpy(images)
     labels = torch.arange(count) % classes
     names = tuple(str(number) for number in range(classes))
@@ -116,8 +116,7 @@ def test_evaluation_batches_are_plain_and_in_order():
 
 
 def test_a_training_set_shown_plainly_loses_its_border():
-    images, split = image_set()
-    assert torch.equal(by_position(split, 8), data.normalise(images, *data.normalisation(split)))
+    assert torch.equal(by_position(image_set()[1], 8), by_position(image_set(border=0)[1], 8))
 
 
 def test_batches_are_channels_last_nearly_equal_and_reordered_every_epoch():
@@ -149,6 +148,8 @@ def test_statistics_of_the_training_images():
     scaled = images.double() / 255
     assert mean == pytest.approx(scaled.mean((0, 1, 2)).tolist())
     assert std == pytest.approx(scaled.std((0, 1, 2), correction=0).tolist())
+    for grey in range(256):  # a channel of one value: rounding must not make its variance negative
+        assert data.channel_statistics(np.full((2, 32, 32, 3), grey, np.uint8))[1] == pytest.approx([1 / 255] * 3)
 
 
 def test_folder_of_images(folder, monkeypatch):
@@ -195,18 +196,27 @@ def test_the_fingerprint_is_of_images_labels_and_classes(tiny, monkeypatch):
 def test_the_label_of_a_synthetic_image_is_uncertain_to_a_known_degree(tiny, monkeypatch):
     """The best possible classifier's doubt is really there: labels are drawn with the chances of the flower itself."""
     monkeypatch.setattr(data, "SYNTHETIC_IMAGES", {"train": 4000, "test": 100})
-    asked, chances_of = [], data.synthetic_chances
-    monkeypatch.setattr(data, "synthetic_chances", lambda petals: asked.append(chances_of(petals)) or asked[-1])
-    _, labels, classes = data.synthetic("train")
-    (chances,) = asked
-    assert chances.shape == (4000, 5) and np.allclose(chances.sum(1), 1)
-    numbers = labels // 2  # two classes, filled and outlined, for each number of petals
-    likeliest = chances.max(1)
-    assert (chances.argmax(1) == numbers).mean() == pytest.approx(likeliest.mean(), abs=0.02)
-    assert 0.80 < likeliest.mean() < 0.95
+    draws, chance_of = [], data.synthetic_chances
+
+    def chances(share, sure=None):
+        draws.append((chance_of(share), share))
+        return draws[-1][0] if sure is None else np.full_like(share, sure)
+
+    numbers = []  # of petals, 0 for three; two classes, filled and outlined, for each
+    for sure in (None, 0.0, 1.0):  # as it is; always the lower number; always the higher one
+        monkeypatch.setattr(data, "synthetic_chances", lambda share, sure=sure: chances(share, sure))
+        _, labels, classes = data.synthetic("train")
+        numbers.append(labels // 2)
+    (chance, share), (drawn, lower, higher) = draws[0], numbers
+    assert share.min() >= 0 and share.max() <= 1 and (higher == lower + 1).all()
+    assert ((drawn == lower) | (drawn == higher)).all() and drawn.min() == 0 and drawn.max() == 4
+    likeliest = np.maximum(chance, 1 - chance)
+    best = np.where(chance > 0.5, higher, lower)
+    assert (best == drawn).mean() == pytest.approx(likeliest.mean(), abs=0.02)
+    assert 0.85 < likeliest.mean() < 0.95
     unsure = likeliest < 0.7
     assert 0.05 < unsure.mean() < 0.5
-    assert (chances.argmax(1) == numbers)[unsure].mean() == pytest.approx(likeliest[unsure].mean(), abs=0.05)
+    assert (best == drawn)[unsure].mean() == pytest.approx(likeliest[unsure].mean(), abs=0.05)
     assert [name.split()[0] for name in classes] == [str(3 + number // 2) for number in range(10)]
 
 
@@ -216,7 +226,7 @@ def break_nothing_there(root):
 
 def break_no_test(root):
     (root / "test").rename(root / "validation")
-    return root, "has no test/"
+    return root, "must be cifar10, synthetic or a folder with .*the same classes in both"
 
 
 def break_classes_differ(root):
@@ -234,7 +244,7 @@ def break_no_classes(root):
     for part in ("train", "test"):
         for name in ("dark", "grey", "light"):
             (root / part / name).rename(root / f"{part}-{name}")
-    return root, "must hold one folder of images per class"
+    return root, "must be cifar10, synthetic or a folder with .*two at least"
 
 
 def break_image(root):

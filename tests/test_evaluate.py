@@ -203,6 +203,13 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
     assert len(calibration.get_lines()) == 4
     before, after = (results["models"][name]["class_accuracy"] for name in ("student", "distilled"))
     assert sorted(bar.get_width() for bar in classes.patches) == sorted(100 * (after[n] - before[n]) for n in before)
+    for count in (1, 2, 3):  # as many test images as that
+        fewer = results | {"undecided": results["undecided"][:count]}
+        names = dict.fromkeys(results["models"])
+        curves = dict.fromkeys(names, [{"epoch": 1, "cross_entropy": 1.0}])
+        bins = dict.fromkeys(names, torch.ones(3, 15))
+        evaluate.draw(whole := figure(), fewer, curves, bins, [np.zeros((32, 32, 3))] * count)
+        assert len(whole.axes) == 4 + 2 * count
 
 
 def test_a_hundred_classes(tiny, tmp_path, monkeypatch):
@@ -239,8 +246,9 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     results, message = comparison(clear | {"distilled": [0] * 39 + [1] * 61})
     assert results["gap_closed"] is None and results["gap_closed_ci95"] is None
     assert "That is no difference that 100 test images can show." in message and "gap" not in message
-    results, message = comparison(clear | {"teacher": [0] * 39 + [1] * 61})
-    assert results["gap_closed"] is None and "gap" not in message and "no difference" not in message
+    for change in ({"teacher": [0] * 39 + [1] * 61}, {"distilled": [0] * 60 + [1] * 40}):
+        results, message = comparison(clear | change)
+        assert results["gap_closed"] is None and "gap" not in message and "no difference" not in message
 
 
 def test_the_interval_of_the_share_holds_what_it_promises():

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import time
 
 import pytest
 import torch
@@ -212,14 +211,3 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
     models.write_atomically(path, lambda file: file.write(b"after"))
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_a_killed_run_left_behind_is_removed_once_nobody_can_be_writing_it(tmp_path):
-    path = tmp_path / "file [1]"
-    old, new, other = (tmp_path / name for name in ("file [1].11.tmp", "file [1].12.tmp", "file 1.13.tmp"))
-    for left in (old, new, other):
-        left.write_bytes(b"half")
-    for left in (old, other):
-        os.utime(left, times=(time.time() - 2 * models.ABANDONED,) * 2)
-    models.write_atomically(path, lambda file: file.write(b"whole"))
-    assert sorted(tmp_path.iterdir()) == sorted([path, new, other])

@@ -37,7 +37,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_goes_on(copy):
     running.send_signal(signal.SIGINT)
     _, message = running.communicate(timeout=60)
     assert running.returncode != 0 and not checkpoint.exists() and "Traceback" not in message
-    assert message == "\nInterrupted. The same command continues after the last finished epoch.\n"
+    assert message == "\nInterrupted. To go on, run the same command again.\n"
     done = copy.run("train_student.py")
     assert done.returncode == 0 and done.stdout.startswith("Continuing the unfinished run after epoch")
     assert checkpoint.exists() and not list(checkpoint.parent.glob("*progress*"))
@@ -53,7 +53,7 @@ def test_an_interruption_before_the_first_epoch_is_one_sentence(where, copy):
     code = f"import data, distill, models, os, signal, time\n{interrupt}\n{heard}\nmodels.run_script(distill.main)"
     done = copy.run("-c", code)
     assert done.returncode == 130
-    assert done.stderr == "\nInterrupted. The same command continues after the last finished epoch.\n"
+    assert done.stderr == "\nInterrupted. To go on, run the same command again.\n"
 
 
 def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
@@ -101,8 +101,8 @@ def test_a_users_error_is_one_sentence(tmp_path):
     cases = [
         ("distill.py", {}, "teacher.pt yet: run python train_teacher.py first."),
         ("evaluate.py", {}, "There is nothing to evaluate in"),
-        ("train_student.py", {"EPOCHS": -3}, "EPOCHS = -3 in train_student.py must be a whole number of at least 1."),
-        ("distill.py", {"KD_WEIGHT": 2}, "KD_WEIGHT = 2 in distill.py must be a number of at least 0 and at most 1."),
+        ("train_student.py", {"EPOCHS": -3}, "EPOCHS = -3 in train_student.py must be a whole number from 1 to inf."),
+        ("distill.py", {"KD_WEIGHT": 2}, "KD_WEIGHT = 2 in distill.py must be a number from 0 to 1."),
         ("train_teacher.py", {"DATASET": "nowhere"}, "DATASET = 'nowhere' (data.py) must be cifar10, synthetic or"),
     ]
     running = []

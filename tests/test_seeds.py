@@ -106,3 +106,11 @@ def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
     monkeypatch.setattr(distill, "KD_WEIGHT", 0.5)
     with pytest.raises(SystemExit, match="not trained with the same constants"):
         series()
+
+
+def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, monkeypatch):
+    series()
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
+    with pytest.raises(SystemExit, match="not trained with the same constants"):
+        series()
