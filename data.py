@@ -31,7 +31,7 @@ VIEW_SEED = 0  # seeds shifts and mirrorings; another number shows other views o
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
-SYNTHETIC_IMAGES = {"train": 4000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
+SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download is given up
 
 # First word of each random seed, so that no two uses draw the same numbers.
@@ -278,13 +278,13 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         waves = np.zeros((count, SIZE, SIZE, 3), np.float32)
         for _ in range(2):
             across = draw(-0.6, 0.6, 1, 1) * grid[None, None, :] + draw(-0.6, 0.6, 1, 1) * grid[None, :, None]
-            waves += draw(-0.26, 0.26, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
+            waves += draw(-0.2, 0.2, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
         return waves
 
     ground = draw(0.2, 0.8, 1, 1, 3)
-    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.35, 1, 1, 3)  # lighter or darker, in each channel
+    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.4, 1, 1, 3)  # lighter or darker, in each channel
     images = (1 - cover) * (ground + texture()) + cover * (flower + texture())
-    images += rng.normal(0, 0.08, images.shape).astype(np.float32)
+    images += rng.normal(0, 0.06, images.shape).astype(np.float32)
     names = [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
     return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
 
