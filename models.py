@@ -358,27 +358,24 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     checkpoint = read(path)
     if checkpoint is None:
         raise SystemExit(f"There is no {path} yet: run python {script} first.")
-    needed = {"network", "widths", "state_dict", "fingerprint", "images", "classes", "mean", "std", "recipe", "seconds"}
-    if not needed <= checkpoint.keys() or checkpoint["network"] not in ("teacher", "student"):
+    needed = ("network", "classes", "widths", "state_dict", "fingerprint", "images", "mean", "std", "recipe", "seconds")
+    try:
+        kind, classes, widths, state_dict, *_ = (checkpoint[key] for key in needed)
+        make = {"teacher": teacher, "student": student}[kind]
+        network = make(len(classes), widths) if widths else make(len(classes))
+        network.load_state_dict(state_dict)
+    except (KeyError, RuntimeError, TypeError, AttributeError):
         raise SystemExit(
-            f"{path} is damaged, or not a checkpoint of this version of the project: delete it and run python {script}."
-        )
-    if split and tuple(checkpoint["classes"]) != split.classes:
+            f"{path} is damaged, or holds another network than models.py makes now: "
+            f"change that back, or run python {script} again."
+        ) from None
+    if split and tuple(classes) != split.classes:
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
     if split and split.fingerprint not in ("", checkpoint["fingerprint"]):
         print(
             f"{path} was trained on other images than {dataset} has now with HOLD_OUT = {data.HOLD_OUT} "
             f"({len(split):,}; then {checkpoint['images']:,}). It may know hold-out images: run python {script} again."
         )
-    make, classes, widths = globals()[checkpoint["network"]], len(checkpoint["classes"]), checkpoint["widths"]
-    try:
-        network = make(classes, widths) if widths else make(classes)
-        network.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, TypeError):
-        raise SystemExit(
-            f"{path} holds another network than {checkpoint['network']}() in models.py makes: "
-            f"change that back, or run python {script} again."
-        ) from None
     device = split.labels.device if split else "cpu"
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 

@@ -167,7 +167,7 @@ def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
     assert isinstance(network, nn.Sequential)
     monkeypatch.undo()
     monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
-    with pytest.raises(SystemExit, match="student.pt holds another network than student\\(\\) in models.py makes"):
+    with pytest.raises(SystemExit, match="student.pt is damaged, or holds another network than models.py makes now"):
         models.load_checkpoint("student", "synthetic", train)
 
 
@@ -187,7 +187,7 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_executed(kind, tiny, tmp_
         )
     monkeypatch.chdir(tmp_path)
     train, _ = data.load_train("cpu")
-    with pytest.raises(SystemExit, match="student.pt is damaged, or not a checkpoint.*train_student.py"):
+    with pytest.raises(SystemExit, match="student.pt is damaged, or holds another network.*train_student.py"):
         models.load_checkpoint("student", "synthetic", train)
     assert not (tmp_path / "executed").exists()
 
