@@ -240,6 +240,13 @@ def break_empty_class(root):
     return root, "dark"
 
 
+def break_one_class(root):
+    for part in ("train", "test"):
+        for name in ("dark", "grey"):
+            (root / part / name).rename(root / f"{part} {name}")
+    return root, "two at least"
+
+
 def break_no_classes(root):
     for part in ("train", "test"):
         for name in ("dark", "grey", "light"):
@@ -302,6 +309,7 @@ DAMAGES = [
     break_no_test,
     break_classes_differ,
     break_empty_class,
+    break_one_class,
     break_no_classes,
     break_image,
     break_by_size,
