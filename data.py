@@ -220,9 +220,10 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     """root/<split>/<class>/*, all the files that Pillow knows by their endings, resized to 32x32."""
     train, test = ({entry.name for entry in (root / part).glob("*") if entry.is_dir()} for part in ("train", "test"))
     if train != test or len(train) < 2:
+        only = f"; only one has {sorted(train ^ test)[:5]}" if train != test else ""
         raise SystemExit(
             f"DATASET = {str(root)!r} (data.py) must be cifar10, synthetic or a folder with train/<class>/<images> and "
-            f"test/<class>/<images>, the same classes in both, two at least; only one has {sorted(train ^ test)[:5]}."
+            f"test/<class>/<images>, the same classes in both, two at least{only}."
         )
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:

@@ -364,7 +364,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         make = {"teacher": teacher, "student": student}[kind]
         network = make(len(classes), widths) if widths else make(len(classes))
         network.load_state_dict(state_dict)
-    except (KeyError, RuntimeError, TypeError, AttributeError):
+    except (KeyError, RuntimeError, TypeError):
         raise SystemExit(
             f"{path} is damaged, or holds another network than models.py makes now: "
             f"change that back, or run python {script} again."

@@ -77,8 +77,8 @@ def main() -> None:
     runs = []
     for seed in SEEDS:
         runs.append(results_of(seed, root))
-        teacher, *_ = recipes_of(runs[-1])
-        if recipes_of(runs[-1]) != recipes_of(runs[0]) or teacher["HOLD_OUT"] != data.HOLD_OUT:  # before hours are lost
+        recipes = recipes_of(runs[-1])  # of teacher, student, distilled; a teacher from elsewhere has none
+        if recipes != recipes_of(runs[0]) or recipes[1]["HOLD_OUT"] != data.HOLD_OUT:  # before hours are lost
             raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
     first = runs[0]
     split = "hold-out" if data.HOLD_OUT else "test"
