@@ -2,7 +2,7 @@
 
 A *view* of an image is one shifted and perhaps mirrored copy of it. Which view of image i is shown in epoch e follows
 from (VIEW_SEED, e, i) alone: not from the batch, the device or the seed of a network. So a student that learns alone
-and one that learns from a teacher see the same pictures in the same order.
+and one that learns from a teacher see the same views, and with one SEED in the same order.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
 
 
 def load_test(device: torch.device | str) -> ImageSet:
-    """The test images. Only evaluate.py calls this: nothing is chosen by looking at them.
+    """The test images. No training script calls this: nothing is chosen by looking at them.
 
     How to normalise them is each network's own: see `ImageSet.normalised_as_in`.
     """
@@ -103,7 +103,7 @@ def batches(
     positions: int64 [B], the images' places in the split.
     With an epoch the images are that epoch's views, without one they are shown as they are. With a seed the order is
     shuffled by (seed, epoch), without one it is the split's own. The batches hold batch_size images at most and
-    differ by one at most, so that no epoch ends in a handful. One of several processes gets its share of each batch.
+    differ by one at most, so that no epoch ends in a tiny one. One of several processes gets its share of each batch.
     """
     count, device = len(split), split.labels.device
     border = (split.images.shape[1] - SIZE) // 2

@@ -19,13 +19,13 @@ BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
 WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
 TEMPERATURE = 4.0  # divides the logits of both: the higher, the more the small probabilities count
-KD_WEIGHT = 0.9  # share of the loss that comes from the teacher; the labels have the rest
+KD_WEIGHT = 0.9  # weight of the loss's term for the teacher; the labels' term has 1 - KD_WEIGHT
 
 
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, kd_weight: float
 ) -> Tensor:
-    """(1 - w) * CE(student, labels) + w * T^2 * KL(teacher || student), the latter of distributions softened by T.
+    """(1 - w) * CE(student, labels) + w * T^2 * KL(teacher || student), the KL between softmax(logits / T).
 
     student_logits, teacher_logits: [B, classes], of any floating type. labels: int64 [B]. Returns a float32 scalar.
     Both parts are means over the images, in nats, and are computed from log-probabilities, which do not underflow.
@@ -54,7 +54,7 @@ def main() -> None:
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer, schedule = models.make_optimizer(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
-    teacher_logits = models.predict(teacher, train.normalised_as_in(checkpoint), mirror=True)  # once, for all epochs
+    teacher_logits = models.predict(teacher, train.normalised_as_in(checkpoint), mirror=True)  # per image, not per view
 
     for epoch in run.epochs():
         for images, labels, positions in run.progress(data.batches(train, BATCH_SIZE, epoch, SEED)):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -77,14 +78,13 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 def class_accuracies(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
     """The share of correct answers among the images of each class that has any. logits [N, classes], labels [N]."""
-    correct, counts = (logits.argmax(1) == labels).double(), torch.bincount(labels, minlength=len(classes))
-    shares = (torch.bincount(labels, correct, minlength=len(classes)) / counts).tolist()
-    return {name: share for name, share, count in zip(classes, shares, counts.tolist()) if count}
+    correct = (logits.argmax(1) == labels).double()
+    return {name: correct[labels == k].mean().item() for k, name in enumerate(classes) if (labels == k).any()}
 
 
 def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
     """Of the network's matrix products and convolutions for one image [1, 3, H, W]."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():  # inference mode breaks it for parametrizations
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no fused attention
         network(image)
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
 
@@ -107,7 +107,7 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, dict]:
     logits, labels = models.predict(network, test).cpu(), test.labels
     if not logits.isfinite().all():
         raise SystemExit(f"The logits of {name}.pt are not finite: run python {models.SCRIPTS[name]} again.")
-    batch = torch.rand(10_000 if labels.is_cuda else 500, 3, data.SIZE, data.SIZE, device=labels.device)
+    batch = torch.rand(2_000 if labels.is_cuda else 500, 3, data.SIZE, data.SIZE, device=labels.device)
     batch, labels = batch.contiguous(memory_format=torch.channels_last), labels.cpu()
     share = models.accuracy(logits, labels)
     figures = {
@@ -148,11 +148,11 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
             results["gap_closed_ci95"] = low, high = gap_interval(**correct)
             share = f"{points / gap:.0%} ({low:.0%} to {high:.0%})"
             sentences.append(f"Distillation closed {share} of the gap of {gap:.2f} points to the teacher.")
-    student, distilled = (figures[name]["recipe"] for name in ("student", "distilled"))
-    differing = models.differences(student, {name: distilled.get(name) for name in student})
+    recipe, distilled_recipe = (figures[name]["recipe"] for name in ("student", "distilled"))
+    differing = models.differences(recipe, {name: distilled_recipe.get(name) for name in recipe})
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
-    if "teacher" in figures and distilled.get("teacher") != figures["teacher"]["fingerprint"]:
+    if "teacher" in figures and distilled_recipe.get("teacher") != figures["teacher"]["fingerprint"]:
         sentences.append("The distilled student had another teacher than teacher.pt: run python distill.py again.")
     return results, sentences
 
@@ -178,7 +178,7 @@ def main() -> None:
     test = data.load_test(device)
     labels, figures, logits, checkpoints = test.labels.cpu(), {}, {}, {}
     for name, script in models.SCRIPTS.items():
-        if models.checkpoint_path(test.dataset, name).is_file():
+        if models.read(models.checkpoint_path(test.dataset, name)) is not None:
             figures[name], logits[name], checkpoints[name] = measure(name, test)
         else:
             print(f"There is no {name} yet: python {script} makes it.")
@@ -204,7 +204,7 @@ def main() -> None:
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
         figure = Figure(figsize=(10, 11), layout="constrained", facecolor="white")  # white: legible on any ground
         bins = {name: reliability(answers, labels) for name, answers in logits.items()}
-        pictures = [test.images[row["image"]].cpu().numpy() for row in results["undecided"]]
+        pictures = [test.images[row["image"]].cpu().numpy() for row in results["undecided"][:4]]
         draw(figure, results, {name: part.get("curve", []) for name, part in checkpoints.items()}, bins, pictures)
         models.write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"Drawn in {path.with_suffix('.png')}.")

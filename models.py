@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from data import ImageSet, check_constants
 
-TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, and of each stage at half the resolution of the last
+TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage, which halves the resolution
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
@@ -48,8 +48,7 @@ def student(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
 class ConvNet(nn.Module):
     """Maps images [B, 3, 32, 32] to logits [B, classes], in the shape of airbench94 (Jordan 2024, arXiv:2404.00498).
 
-    A stem looks at patches of 2x2 pixels; each stage halves the resolution and has two 3x3 convolutions; the maximum
-    of each feature over the picture decides.
+    A 2x2 convolution, stages that halve the resolution with two 3x3 convolutions, global max pooling, a linear layer.
     """
 
     def __init__(self, classes: int, widths: tuple[int, ...]):
@@ -132,7 +131,7 @@ def run_script(main: Callable[[], None]) -> None:
             print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
         sys.exit(130)
     if data.processes()[1] > 1:
-        torch.distributed.destroy_process_group()  # after a failure it could wait for the other ranks forever
+        torch.distributed.destroy_process_group()  # not after a failure: it could wait for the other ranks forever
 
 
 @functools.cache
@@ -157,8 +156,9 @@ class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; in parameter groups with `muon=True`, Muon for kernels [outputs, inputs, H, W].
 
     Muon's step, as a matrix [outputs, inputs * H * W], is replaced by the nearest one with orthogonal rows, so that few
-    large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The kernel is held
-    at one length: its learning rate is an angle, and weight decay has nothing to do. torch.optim.Muon is for matrices.
+    large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Before it the
+    kernel's norm is reset to sqrt(outputs): the learning rate is an angle, and weight decay would do nothing.
+    torch.optim.Muon is for matrices.
     """
 
     batch_size = 1  # this process's images in the step: its weight in the mean of several processes' gradients
@@ -216,7 +216,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 def make_optimizer(
     network: nn.Module, learning_rate: float, weight_decay: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """`Muon`, and its schedule: a straight line up to learning_rate, a straight line down to 0.
+    """`Muon`, and its schedule: linear warm-up to learning_rate, linear decay to 0.
 
     Muon is for the kernels of a `Stage`, whose lengths do not matter since a normalisation follows. The fewer steps,
     the more each of them turns a kernel, so that one learning_rate suits short and long trainings: turns in random
@@ -380,7 +380,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-# Training: what all three loops need and nobody comes to read ---------------------------------------------------------
+# Training: what the three training loops share ------------------------------------------------------------------------
 
 
 def make_recipe(file: str, constants: dict, device: torch.device) -> dict:
@@ -407,7 +407,8 @@ class Run:
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
         self.name, self.network, self.optimizer, self.train, self.hold_out = name, network, optimizer, train, hold_out
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(repr(network))[:8]}
+        layers = repr(network), {key: value.shape for key, value in network.state_dict().items()}
+        self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(layers)[:8]}
         self.epoch_count, batch_size = recipe["EPOCHS"], recipe["BATCH_SIZE"]
         world_size = data.processes()[1]
         if batch_size > len(train) or world_size > len(train) // data.batch_count(len(train), batch_size):
@@ -492,9 +493,9 @@ class Run:
         return f", about {math.ceil(seconds / 60)} min left" if seconds > 0 else ""
 
     def _end_epoch(self) -> None:
-        means, weights = self._means(), self.network.state_dict().values()
+        means = self._means()
         rate = len(self.train) / (time.perf_counter() - self.epoch_started)
-        if not math.isfinite(means["loss"]) or not all(value.isfinite().all() for value in weights):
+        if not math.isfinite(means["loss"]) or not all(weight.isfinite().all() for weight in self.network.parameters()):
             raise SystemExit(
                 f"The loss or a weight is no longer finite in epoch {self.epoch + 1}: "
                 f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]} is probably too high."
@@ -517,7 +518,7 @@ class Run:
     def _continue(self) -> None:
         """Loads the progress of this recipe; names unfinished runs with other constants."""
         for path in sorted(self.progress_path.parent.glob(f"{self.name}.*.progress.pt")):
-            if path != self.progress_path:
+            if path != self.progress_path and data.processes()[1] == 1:  # ranks that see other files would deadlock
                 differing = differences((read(path) or {}).get("recipe", {}), self.recipe)
                 print(f"{path} is an unfinished run that had other constants; its and today's: {differing}.")
                 print("With its constants it would go on. Delete it if it is not needed.")

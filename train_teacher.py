@@ -13,7 +13,7 @@ EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
 WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
-LABEL_SMOOTHING = 0.03  # share of each label that is spread over all classes; the student takes over the doubt
+LABEL_SMOOTHING = 0.03  # share of each label that is spread over all classes; the student inherits the lower confidence
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def main() -> None:
         mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
         print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
-    images = data.load_test("cpu")
+    images = data.load_test(models.setup())
     gains = torch.stack([gains_by_image(seed, root, images) for seed in SEEDS]).mean(0).double()
     halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
     print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 import data
@@ -54,6 +55,8 @@ def test_multiply_accumulates_by_hand():
     macs += 9 * (24 * 5 * 31 * 31 + 5 * 5 * 15 * 15) + 9 * (5 * 6 * 15 * 15 + 6 * 6 * 7 * 7)
     macs += 6 * 10
     assert evaluate.multiply_accumulates(models.ConvNet(10, (24, 5, 6)).eval(), torch.zeros(1, 3, 32, 32)) == macs
+    attention, macs = nn.TransformerEncoderLayer(8, 2, 16).eval(), 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
+    assert evaluate.multiply_accumulates(attention, torch.zeros(5, 1, 8)) == macs
 
 
 def without_speed(results):
@@ -188,6 +191,7 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, "__init__", spy)
         monkeypatch.setattr(data, "synthetic", with_a_strange_name)
+        monkeypatch.setattr(evaluate, "UNDECIDED", 5)  # one more than is drawn
         for script in (train_teacher, train_student, distill, evaluate):
             script.main()
     results = json.loads((tiny / "results.json").read_text())

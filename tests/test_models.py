@@ -225,6 +225,7 @@ def with_group_norm_after_relu(classes):
 def with_unused_parts_and_widths(classes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
     network.unused, network.widths = nn.Parameter(torch.ones(3, 3)), torch.ones(2)
+    network.register_buffer("mask", torch.tensor(float("-inf")))
     return network
 
 
@@ -282,8 +283,19 @@ def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, 
     assert not list(tiny.glob("*.progress.pt"))
 
 
+def with_one_more_parameter(classes, widths=None):
+    network = models.ConvNet(classes, models.STUDENT_WIDTHS)  # looks the same when it is printed
+    network.unused = nn.Parameter(torch.ones(3))
+    return network
+
+
 @pytest.mark.parametrize(
-    "module, name, value", [(train_student, "LEARNING_RATE", 0.1), (models, "STUDENT_WIDTHS", (4, 4, 4))]
+    "module, name, value",
+    [
+        (train_student, "LEARNING_RATE", 0.1),
+        (models, "STUDENT_WIDTHS", (4, 4, 4)),
+        (models, "student", with_one_more_parameter),
+    ],
 )
 def test_an_unfinished_run_waits_until_its_constants_come_back(module, name, value, tiny, monkeypatch, capsys):
     before = getattr(module, name)

@@ -27,7 +27,6 @@ def code_under(heading, number=0):
 def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     train_teacher.main()
     distill.main()
-    tiny.rename(tmp_path / "cifar10")
     to_pil_image(torch.rand(3, 50, 70)).save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -35,7 +34,7 @@ def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
     shares = [float(share) for share, _ in lines]
     assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
-    student, checkpoint = models.load_checkpoint("distilled", "cifar10")
+    student, checkpoint = models.load_checkpoint("distilled", "synthetic")
     exported = torch.export.load(tmp_path / "student.pt2").module()
     for count in (3, 8):
         pictures = torch.randn(count, 3, 32, 32)
