@@ -46,22 +46,28 @@ def results_of(seed: int, root: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def gains_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
-    """How much more often right, in %, and how much lower in loss the distilled student is than the student: [2, N]."""
+def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
+    """Of teacher, student and distilled student on each image whether it is right, in %, and its loss: [3, 2, N]."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     figures = []
-    for name in ("distilled", "student"):
+    for name in models.SCRIPTS:
         network, checkpoint = models.load_checkpoint(name, images.dataset, images)
         logits = models.predict(network, images.normalised_as_in(checkpoint))
         losses = F.cross_entropy(logits, images.labels, reduction="none")
         figures.append(torch.stack([100.0 * (logits.argmax(1) == images.labels), losses]))
-    return figures[0] - figures[1]
+    return torch.stack(figures)
 
 
 def recipes_of(run: dict) -> list[dict]:
     """The recipes of one seed's networks, but for what the seed itself changes."""
     recipes = [run["models"][name]["recipe"] for name in models.SCRIPTS]
     return [{key: value for key, value in recipe.items() if key not in ("SEED", "teacher")} for recipe in recipes]
+
+
+def print_gap_closed(start: str, gains: torch.Tensor, gaps: torch.Tensor, quantile: float) -> None:
+    if closed := evaluate.gap_closed(gains, gaps, quantile):
+        share, low, high = closed
+        print(f"{start:24}{share:.1%} ({low:.1%} to {high:.1%}) of the mean gap of {gaps.mean():.2f} points")
 
 
 def mean_and_deviation(values: list[float], digits: int) -> str:
@@ -98,18 +104,19 @@ def main() -> None:
         mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
         print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
+    teacher, student, distilled = (
+        torch.tensor([100 * run["models"][name]["accuracy"] for run in runs]) for name in models.SCRIPTS
+    )
+    print_gap_closed("gap closed", distilled - student, teacher - student, T_95[len(SEEDS)])
     images = data.load_test(models.setup())
-    gains = torch.stack([gains_by_image(seed, root, images) for seed in SEEDS]).mean(0).double()
+    figures = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS]).mean(0).double()
+    teacher, student, distilled = figures
+    gains = distilled - student
     halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
     print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")
     for name, digits, mean, half in zip(("accuracy", "loss"), (2, 4), gains.mean(1).tolist(), halves.tolist()):
         print(f"pooled {name:17}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})")
-    teacher, student, distilled = (
-        statistics.mean(run["models"][name]["accuracy"] for run in runs) for name in models.SCRIPTS
-    )
-    if teacher > student:
-        gap = teacher - student
-        print(f"share of the mean gap of {100 * gap:.2f} points that is closed: {(distilled - student) / gap:.0%}")
+    print_gap_closed("pooled gap closed", gains[0], (teacher - student)[0], evaluate.Z)
 
 
 if __name__ == "__main__":

@@ -255,13 +255,29 @@ def test_no_share_of_the_gap_where_it_means_nothing():
         assert results["gap_closed"] is None and "gap" not in message and "no difference" not in message
 
 
+def test_the_share_of_the_gap_by_its_definition():
+    """At both ends of the interval the mean of gains - share * gaps is that many standard errors from zero."""
+    generator = np.random.default_rng(0)
+    gaps = generator.normal(5, 1, 6)
+    gains = 0.4 * gaps + generator.normal(0, 1, 6)
+    share, *ends = evaluate.gap_closed(torch.tensor(gains), torch.tensor(gaps), 2.57)
+    assert share == pytest.approx(gains.mean() / gaps.mean())
+    for end, sign in zip(ends, (1, -1)):
+        rest = gains - end * gaps
+        assert sign * rest.mean() == pytest.approx(2.57 * rest.std(ddof=1) / 6**0.5)
+    for noise in (gaps - 5, -gaps):  # no clear gap, or one to a teacher that is worse
+        assert evaluate.gap_closed(torch.tensor(gains), torch.tensor(noise), 2.57) is None
+
+
 def test_the_interval_of_the_share_holds_what_it_promises():
     """Over repeated draws of test images, the interval holds the true share about 95 times of 100."""
     generator, held = torch.Generator().manual_seed(0), 0
     for _ in range(200):
         kind = torch.multinomial(torch.tensor([0.05, 0.10, 0.05, 0.80]), 1000, replacement=True, generator=generator)
         teacher, distilled, student = kind != 0, (kind == 1) | (kind == 3), (kind == 2) | (kind == 3)
-        low, high = evaluate.gap_interval(teacher, student, distilled)
+        gains, gaps = distilled.double() - student.double(), teacher.double() - student.double()
+        share, low, high = evaluate.gap_closed(gains, gaps)
+        assert share == pytest.approx((gains.sum() / gaps.sum()).item())
         held += low <= (0.10 - 0.05) / 0.10 <= high
     assert 180 <= held <= 200
 

@@ -9,6 +9,7 @@ import seeds
 
 import data
 import distill
+import evaluate
 import models
 import train_student
 import train_teacher
@@ -49,6 +50,8 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     made = {path: path.stat().st_mtime_ns for path in root.glob("seed-*/synthetic/*.pt")}
     assert sorted(path.name for path in made) == ["distilled.pt", "student.pt", "teacher.pt", "teacher.pt"]
     capsys.readouterr()
+    asked = []
+    monkeypatch.setattr(evaluate, "gap_closed", lambda *given: asked.append(given) or (0.5, 0.25, 0.75))
     series()
     message = capsys.readouterr().out.splitlines()
     assert made == {path: path.stat().st_mtime_ns for path in made}, "what was finished has been trained again"
@@ -68,16 +71,21 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     half = 1.96 * by_image.std(ddof=1) / 100**0.5
     expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
     assert numbers(message, "pooled accuracy") == pytest.approx(expected, abs=0.006)
+    for start, over, quantile in (("gap closed", 1, 12.71), ("pooled gap closed", 0, 1.96)):  # over seeds, over images
+        assert numbers(message, start)[:3] == [50, 25, 75]
+        *given, asked_quantile = asked.pop(0)
+        expected = [100 * (correct[a] - correct["student"]).mean(over) for a in ("distilled", "teacher")]
+        assert np.stack(given) == pytest.approx(np.stack(expected)) and asked_quantile == quantile
 
 
 def correct_by_image(root):
-    """Of both networks whether each test image is right: float [seeds, images]."""
+    """Of all networks whether each test image is right: float [seeds, images]."""
     test = data.load_test("cpu")
-    correct = {"student": [], "distilled": []}
+    correct = {name: [] for name in models.SCRIPTS}
     for seed in range(2):
         for name, rows in correct.items():
             content = models.read(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
-            network = models.student(10, content["widths"])
+            network = getattr(models, content["network"])(10, content["widths"])
             network.load_state_dict(content["state_dict"])
             logits = models.predict(network, test.normalised_as_in(content))
             rows.append((logits.argmax(1) == test.labels).double().numpy())
