@@ -10,8 +10,6 @@ import math
 import os
 import socket
 import sys
-import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,21 +196,21 @@ def _image_set(images, labels, classes, index, device, *statistics) -> ImageSet:
 def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
     folder = Path(os.environ.get("DATA_DIR") or Path(__file__).parent / DATA_DIR)
     rank, world_size = processes()
+    if rank > 0:
+        torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        if rank > 0:
-            torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
         loaded = CIFAR10(folder, train=split == "train", download=True)
-        if rank == 0 and world_size > 1:
-            torch.distributed.barrier()
-    except (OSError, EOFError, RuntimeError, tarfile.TarError, zlib.error) as error:  # OSError: no network, no disk
+    except Exception as error:  # no network, no disk, a damaged archive: nearly anything
         raise SystemExit(
             f"CIFAR-10 is not in {folder} (DATA_DIR) and could not be downloaded ({error}): put a sound "
             f"{CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+    if rank == 0 and world_size > 1:
+        torch.distributed.barrier()
     return loaded.data, loaded.targets, loaded.classes
 
 
@@ -242,7 +240,7 @@ def read_image(path: str) -> np.ndarray:
                 raise ValueError("it has more than 8 bits per channel, convert it first")
             return np.array(picture.convert("RGB").resize((SIZE, SIZE)))
     except Exception as error:  # the decoders of so many formats raise nearly anything
-        raise SystemExit(f"The image {path} (DATASET) cannot be read: {error}.") from None
+        raise SystemExit(f"The image {path} cannot be read: {error}.") from None
 
 
 def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -355,7 +353,7 @@ def fingerprint(*parts) -> str:
 
 
 def bar_disabled() -> bool | None:
-    """tqdm's `disable`: False in a notebook, True in all processes but rank 0, else None: where no terminal is."""
+    """tqdm's `disable`: False in a notebook, True in all processes but rank 0, else None: it draws on terminals only."""
     if processes()[0] > 0:
         return True
     return False if "ipykernel" in sys.modules else None

@@ -102,15 +102,15 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[2:])
 
 
-def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, dict]:
-    """The figures of one network, its logits for the test images [N, classes] on the CPU, its checkpoint."""
+def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, list[dict]]:
+    """The figures of one network, its logits for the test images [N, classes] on the CPU, its learning curve."""
     network, checkpoint = models.load_checkpoint(name, test.dataset, test)
     test = test.normalised_as_in(checkpoint)
-    logits, labels = models.predict(network, test).cpu(), test.labels
+    logits, labels, device = models.predict(network, test).cpu(), test.labels.cpu(), test.labels.device
     if not logits.isfinite().all():
         raise SystemExit(f"The logits of {name}.pt are not finite: run python {models.SCRIPTS[name]} again.")
-    batch = torch.rand(2_000 if labels.is_cuda else 500, 3, data.SIZE, data.SIZE, device=labels.device)
-    batch, labels = batch.contiguous(memory_format=torch.channels_last), labels.cpu()
+    batch = torch.rand(2_000 if device.type == "cuda" else 500, 3, data.SIZE, data.SIZE, device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
     share = models.accuracy(logits, labels)
     figures = {
         "accuracy": share,
@@ -126,11 +126,14 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, dict]:
         "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
     }
-    return figures, logits, checkpoint
+    return figures, logits, checkpoint.get("curve", [])
 
 
 def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor) -> tuple[dict, list[str]]:
-    """What the networks' figures show together, as results.json has it, and the sentences that say it."""
+    """What the networks' figures show together, as results.json has it, and the sentences that say it.
+
+    Adds to each network's figures its agreement with the teacher.
+    """
     results, sentences = {"distilled_minus_student": None, "gap_closed": None, "gap_closed_ci95": None}, []
     correct = {name: answers.argmax(1) == labels for name, answers in logits.items()}
     if "teacher" in logits:
@@ -163,7 +166,7 @@ def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...
     """The UNDECIDED test images on which the teacher's two likeliest classes are nearest to each other in probability.
 
     For each its number, its label and the teacher's three likeliest classes, with their probabilities by the teacher
-    (at temperature 1, and softened as the distilled student learned them), the student and the distilled student.
+    (at temperature 1, and softened by that of the distillation), the student and the distilled student.
     """
     likeliest = logits["teacher"].softmax(1).topk(2).values
     rows = []
@@ -178,10 +181,10 @@ def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...
 def main() -> None:
     device = models.setup()
     test = data.load_test(device)
-    labels, figures, logits, checkpoints = test.labels.cpu(), {}, {}, {}
+    labels, figures, logits, curves = test.labels.cpu(), {}, {}, {}
     for name, script in models.SCRIPTS.items():
         if models.read(models.checkpoint_path(test.dataset, name)) is not None:
-            figures[name], logits[name], checkpoints[name] = measure(name, test)
+            figures[name], logits[name], curves[name] = measure(name, test)
         else:
             print(f"There is no {name} yet: python {script} makes it.")
     path = models.checkpoint_path(test.dataset, "results").with_suffix(".json")
@@ -191,7 +194,7 @@ def main() -> None:
     comparison, sentences = compare(figures, logits, labels)
     results = about | {"models": figures} | comparison | {"undecided": []}
     if len(logits) == 3:
-        temperature = checkpoints["distilled"]["recipe"].get("TEMPERATURE", 1)
+        temperature = figures["distilled"]["recipe"].get("TEMPERATURE", 1)
         results["undecided"] = undecided(logits, labels, test.classes, temperature)
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
@@ -207,7 +210,7 @@ def main() -> None:
         figure = Figure(figsize=(10, 11), layout="constrained", facecolor="white")  # white: legible on any ground
         bins = {name: reliability(answers, labels) for name, answers in logits.items()}
         pictures = [test.images[row["image"]].cpu().numpy() for row in results["undecided"][:4]]
-        draw(figure, results, {name: part.get("curve", []) for name, part in checkpoints.items()}, bins, pictures)
+        draw(figure, results, curves, bins, pictures)
         models.write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"Drawn in {path.with_suffix('.png')}.")
 
@@ -250,11 +253,11 @@ def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> Non
     networks = results["models"]
     for name, row in networks.items():
         style = {"color": COLOURS[name], "label": name}
-        share, (low, high) = 100 * row["accuracy"], (100 * end for end in row["accuracy_ci95"])
+        accuracy, (low, high) = 100 * row["accuracy"], (100 * end for end in row["accuracy_ci95"])
         macs = row["macs"] / 1e6 * (1.06 if name == "distilled" else 1)  # or it would hide the student
-        cost.errorbar(macs, share, [[share - low], [high - share]], fmt="o", capsize=4, **style)
+        cost.errorbar(macs, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", capsize=4, **style)
         epochs, values = ([line[key] for line in curves[name]] for key in ("epoch", "cross_entropy"))
-        learning.plot(epochs, values, **style)
+        learning.plot(epochs, values, marker=".", **style)
         confidence, correct, share = (100 * part for part in bins[name])
         filled = share > 0.1  # %: fewer images say nothing
         calibration.plot(confidence[filled], correct[filled], "o-", markersize=3, **style)

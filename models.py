@@ -224,12 +224,11 @@ def make_optimizer(
     on all but biases and normalisation.
     """
     stages = [module for module in network.modules() if isinstance(module, Stage)]
-    kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    rest = [parameter for parameter in trained if parameter not in kernels]
+    kernels = [kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)]
+    rest = [parameter for parameter in network.parameters() if all(parameter is not kernel for kernel in kernels)]
     angle = learning_rate * MUON_SCALE / max(1, steps) ** 0.5
     groups = [
-        {"params": [p for p in trained if p in kernels], "lr": angle, "weight_decay": 0.0, "muon": True},
+        {"params": kernels, "lr": angle, "weight_decay": 0.0, "muon": True},
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
     ]
@@ -248,7 +247,8 @@ def predict(network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor
 
     With mirror, the mean of those for each image and for its mirror image.
     """
-    device, training, whole = split.labels.device, network.training, None
+    device, training = split.labels.device, network.training
+    whole = torch.zeros(len(split), len(split.classes), device=device)
     batch_size = 2000 if device.type == "cuda" else 125  # what fills a GPU, what fits a CPU's cache
     network.eval()
     with autocast(device), tqdm(total=len(split), unit=" images", disable=data.bar_disabled(), leave=False) as bar:
@@ -256,8 +256,6 @@ def predict(network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor
             logits = network(images).float()
             if mirror:
                 logits = (logits + network(images.flip(3)).float()) / 2
-            if whole is None:
-                whole = logits.new_zeros(len(split), logits.shape[1])
             whole[positions] = logits
             bar.update(len(positions) * data.processes()[1])
     network.train(training)
@@ -339,7 +337,6 @@ def save_checkpoint(
         "classes": list(train.classes),
         "mean": list(train.mean),
         "std": list(train.std),
-        "size": data.SIZE,
         "recipe": recipe,
         "seconds": seconds,
         "curve": list(curve),
@@ -399,9 +396,9 @@ def differences(first: dict, second: dict) -> str:
 class Run:
     """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
 
-    The progress is saved after every epoch, in a file that belongs to the recipe. A killed run continues from there; on
-    the CPU it ends in the same weights. curve: for each epoch the means of the loss that is trained on, of the
-    cross-entropy on the labels and of the accuracy over the training views, and the accuracy on the hold-out.
+    The progress is saved after every epoch but the last, in a file that belongs to the recipe. A killed run continues
+    from there; on the CPU it ends in the same weights. curve: for each epoch the means of the loss that is trained on,
+    of the cross-entropy on the labels and of the accuracy over the training views, and the accuracy on the hold-out.
     """
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
@@ -500,11 +497,11 @@ class Run:
                 f"The loss or a weight is no longer finite in epoch {self.epoch + 1}: "
                 f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]} is probably too high."
             )
-        line, means["hold_out_accuracy"] = self._line(), None
+        line, hold_out_accuracy = self._line(), None
         if self.hold_out:
-            means["hold_out_accuracy"] = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
-            line += f", hold-out {means['hold_out_accuracy']:.2%}"
-        means["seconds"] = time.perf_counter() - self.started
+            hold_out_accuracy = accuracy(predict(self.network, self.hold_out), self.hold_out.labels)
+            line += f", hold-out {hold_out_accuracy:.2%}"
+        means |= {"hold_out_accuracy": hold_out_accuracy, "seconds": time.perf_counter() - self.started}
         self.curve.append({"epoch": self.epoch + 1, **means})
         if self.epoch + 1 < self.epoch_count:
             state = {name: part.state_dict() for name, part in self.parts.items()}
