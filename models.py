@@ -224,11 +224,11 @@ def make_optimizer(
     on all but biases and normalisation.
     """
     stages = [module for module in network.modules() if isinstance(module, Stage)]
-    kernels = [kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)]
-    rest = [parameter for parameter in network.parameters() if all(parameter is not kernel for kernel in kernels)]
+    kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
+    rest = [parameter for parameter in network.parameters() if parameter not in kernels]
     angle = learning_rate * MUON_SCALE / max(1, steps) ** 0.5
     groups = [
-        {"params": kernels, "lr": angle, "weight_decay": 0.0, "muon": True},
+        {"params": [p for p in network.parameters() if p in kernels], "lr": angle, "weight_decay": 0.0, "muon": True},
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "muon": False},
     ]

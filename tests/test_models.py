@@ -213,6 +213,12 @@ def with_weight_norm(classes):
     return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3072, classes)))
 
 
+def with_weight_norm_in_a_stage(classes, widths=None):
+    network = models.ConvNet(classes, widths or models.STUDENT_WIDTHS)
+    nn.utils.parametrizations.weight_norm(network.stages[0].conv1)  # whose weight is no parameter any more
+    return network
+
+
 def with_spectral_norm(classes):
     return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(3072, classes)))
 
@@ -229,7 +235,8 @@ def with_unused_parts_and_widths(classes):
     return network
 
 
-OWN = [with_dropout, with_weight_norm, with_spectral_norm, with_group_norm_after_relu, with_unused_parts_and_widths]
+OWN = [with_dropout, with_weight_norm, with_weight_norm_in_a_stage, with_spectral_norm, with_group_norm_after_relu]
+OWN += [with_unused_parts_and_widths]
 
 
 @pytest.mark.parametrize("own", OWN)
