@@ -353,7 +353,7 @@ def fingerprint(*parts) -> str:
 
 
 def bar_disabled() -> bool | None:
-    """tqdm's `disable`: False in a notebook, True in all processes but rank 0, else None: it draws on terminals only."""
+    """tqdm's `disable`: False in a notebook, True in all processes but rank 0, else None: draw on terminals only."""
     if processes()[0] > 0:
         return True
     return False if "ipykernel" in sys.modules else None

@@ -109,8 +109,8 @@ def main() -> None:
     )
     print_gap_closed("gap closed", distilled - student, teacher - student, T_95[len(SEEDS)])
     images = data.load_test(models.setup())
-    figures = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS]).mean(0).double()
-    teacher, student, distilled = figures
+    by_seed = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS])
+    teacher, student, distilled = by_seed.mean(0).double()
     gains = distilled - student
     halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
     print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")

@@ -33,7 +33,7 @@ def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     exec(code_under("Use the student"), {})
     lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
     shares = [float(share) for share, _ in lines]
-    assert len(lines) == 2 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
+    assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
     student, checkpoint = models.load_checkpoint("distilled", "synthetic")
     exported = torch.export.load(tmp_path / "student.pt2").module()
     for count in (3, 8):
