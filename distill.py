@@ -13,11 +13,11 @@ from torch import Tensor
 import data
 import models
 
-SEED = 0  # of the initial weights and the order of the images
+SEED = 0  # of the initial weights, the order of the images and their views
 EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
-WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
+WEIGHT_DECAY = 5e-4  # see models.Muon
 TEMPERATURE = 4.0  # divides the logits of both: the higher, the more the small probabilities count
 KD_WEIGHT = 0.9  # weight of the loss's term for the teacher; the labels' term has 1 - KD_WEIGHT
 
@@ -45,19 +45,19 @@ def distillation_loss(
 
 def main() -> None:
     device = models.setup()
-    recipe = models.make_recipe(__file__, globals(), device)
+    recipe = models.make_recipe(globals(), device)
     train, hold_out = data.load_train(device)
-    teacher, checkpoint = models.load_checkpoint("teacher", train.dataset, train)
-    teacher.requires_grad_(False)
+    teacher, _ = models.load_checkpoint("teacher", train.dataset, train)
     recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
-    student = models.new_network("student", train, SEED)
+    student = models.new_network(models.student, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
-    optimizer, schedule = models.make_optimizer(student, LEARNING_RATE, WEIGHT_DECAY, steps)
+    optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
+    schedule = models.make_schedule(optimizer, steps)
     run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
-    teacher_logits = models.predict(teacher, train.normalised_as_in(checkpoint), mirror=True)  # per image, not per view
+    teacher_logits = models.predict("teacher", teacher, train, mirror=True)  # one answer per image, not per view
 
     for epoch in run.epochs():
-        for images, labels, positions in run.progress(data.batches(train, BATCH_SIZE, epoch, SEED)):
+        for images, labels, positions in data.batches(train, BATCH_SIZE, epoch, SEED):
             with models.autocast(device):
                 logits = student(images)
             loss = distillation_loss(logits, teacher_logits[positions], labels, TEMPERATURE, KD_WEIGHT)

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,12 +79,6 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return ((confidence - correct).abs() * share).sum().item()
 
 
-def class_accuracies(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
-    """The share of correct answers among the images of each class that has any. logits [N, classes], labels [N]."""
-    correct = (logits.argmax(1) == labels).double()
-    return {name: correct[labels == k].mean().item() for k, name in enumerate(classes) if (labels == k).any()}
-
-
 def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
     """Of the network's matrix products and convolutions for one image [1, 3, H, W]."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no fused attention
@@ -93,8 +88,8 @@ def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
 
 def images_per_second(network: nn.Module, images: Tensor) -> float:
     """Of inference on a batch [B, 3, H, W]: the median of seven passes after two that warm up."""
-    device, seconds = images.device, []
-    with torch.inference_mode(), models.autocast(device):
+    seconds = []
+    with torch.inference_mode(), models.autocast(images.device):
         for _ in range(9):
             started = time.perf_counter()
             network(images)[0, 0].item()  # .item() waits for the device
@@ -102,15 +97,12 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[2:])
 
 
-def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, list[dict]]:
-    """The figures of one network, its logits for the test images [N, classes] on the CPU, its learning curve."""
+def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
+    """The figures of one network, and its logits for the test images [N, classes] on the CPU."""
     network, checkpoint = models.load_checkpoint(name, test.dataset, test)
-    test = test.normalised_as_in(checkpoint)
-    logits, labels, device = models.predict(network, test).cpu(), test.labels.cpu(), test.labels.device
-    if not logits.isfinite().all():
-        raise SystemExit(f"The logits of {name}.pt are not finite: run python {models.SCRIPTS[name]} again.")
-    batch = torch.rand(2_000 if device.type == "cuda" else 500, 3, data.SIZE, data.SIZE, device=device)
-    batch = batch.contiguous(memory_format=torch.channels_last)
+    logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
+    batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
+    batch = batch.to(test.labels.device, memory_format=torch.channels_last)
     share = models.accuracy(logits, labels)
     figures = {
         "accuracy": share,
@@ -118,15 +110,14 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor, list[dict]]:
         "loss": F.cross_entropy(logits, labels).item(),
         "ece": calibration_error(logits, labels),
         "agreement_with_teacher": None,
-        "class_accuracy": class_accuracies(logits, labels, test.classes),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "macs": multiply_accumulates(network, batch[:1]),
         "images_per_second": images_per_second(network, batch),
-        "training_seconds": checkpoint["seconds"],
         "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
+        "curve": checkpoint["curve"],
     }
-    return figures, logits, checkpoint.get("curve", [])
+    return figures, logits
 
 
 def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor) -> tuple[dict, list[str]]:
@@ -145,7 +136,7 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
     sentences.append(f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.")
     if low <= 0 <= high:
-        sentences.append(f"That is no difference that {len(labels):,} test images can show.")
+        sentences.append("Not significant: the interval includes 0.")
     elif low > 0 and "teacher" in correct:
         gains, gaps = (correct[name].double() - correct["student"].double() for name in ("distilled", "teacher"))
         if closed := gap_closed(gains, gaps):
@@ -158,65 +149,64 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
     if "teacher" in figures and distilled_recipe.get("teacher") != figures["teacher"]["fingerprint"]:
-        sentences.append("The distilled student had another teacher than teacher.pt: run python distill.py again.")
+        sentences.append("distilled.pt was distilled from another teacher than teacher.pt: run python distill.py.")
     return results, sentences
 
 
 def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
     """The UNDECIDED test images on which the teacher's two likeliest classes are nearest to each other in probability.
 
-    For each its number, its label and the teacher's three likeliest classes, with their probabilities by the teacher
-    (at temperature 1, and softened by that of the distillation), the student and the distilled student.
+    For each its number, its label, the teacher's three likeliest classes, and their probabilities by the teacher (at
+    temperature 1, and softened by that of the distillation), the student and the distilled student.
     """
     likeliest = logits["teacher"].softmax(1).topk(2).values
+    softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
     rows = []
     for image in (likeliest[:, 0] - likeliest[:, 1]).argsort()[:UNDECIDED].tolist():
         top = logits["teacher"][image].topk(min(3, len(classes))).indices
-        softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
         shares = {name: part[image].softmax(0)[top].tolist() for name, part in (softened | logits).items()}
-        rows.append({"image": image, "label": classes[labels[image]], "classes": [classes[k] for k in top], **shares})
+        names = [classes[number] for number in top]
+        rows.append({"image": image, "label": classes[labels[image]], "classes": names, "shares": shares})
     return rows
 
 
 def main() -> None:
     device = models.setup()
     test = data.load_test(device)
-    labels, figures, logits, curves = test.labels.cpu(), {}, {}, {}
+    labels, folder, figures, logits = test.labels.cpu(), models.checkpoint_dir(test.dataset), {}, {}
     for name, script in models.SCRIPTS.items():
-        if models.read(models.checkpoint_path(test.dataset, name)) is not None:
-            figures[name], logits[name], curves[name] = measure(name, test)
+        if (folder / f"{name}.pt").exists():
+            figures[name], logits[name] = measure(name, test)
         else:
-            print(f"There is no {name} yet: python {script} makes it.")
-    path = models.checkpoint_path(test.dataset, "results").with_suffix(".json")
+            print(f"No {name} checkpoint: run python {script}.")
     if not figures:
-        raise SystemExit(f"There is nothing to evaluate in {path.parent}.")
+        raise SystemExit(f"There is nothing to evaluate in {folder}.")
     about = {"dataset": test.dataset, "device": device.type, "torch": torch.__version__, "test_images": len(test)}
     comparison, sentences = compare(figures, logits, labels)
     results = about | {"models": figures} | comparison | {"undecided": []}
     if len(logits) == 3:
-        temperature = figures["distilled"]["recipe"].get("TEMPERATURE", 1)
+        temperature = figures["distilled"]["recipe"]["TEMPERATURE"]
         results["undecided"] = undecided(logits, labels, test.classes, temperature)
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    models.write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"Written to {path}.")
+    models.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+    print(f"Written to {folder / 'results.json'}.")
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        print("With matplotlib (pip install matplotlib) there would be a results.png beside it.")
+        print("Install matplotlib to get results.png.")
         return
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
-        figure = Figure(figsize=(10, 11), layout="constrained", facecolor="white")  # white: legible on any ground
+        figure = Figure(figsize=(10, 8), layout="constrained", facecolor="white")  # white: legible on any ground
         bins = {name: reliability(answers, labels) for name, answers in logits.items()}
-        pictures = [test.images[row["image"]].cpu().numpy() for row in results["undecided"][:4]]
-        draw(figure, results, curves, bins, pictures)
-        models.write_atomically(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=90))
-    print(f"Drawn in {path.with_suffix('.png')}.")
+        draw(figure, results, bins, test.images.cpu().numpy())
+        models.write_atomically(folder / "results.png", lambda file: figure.savefig(file, format="png", dpi=90))
+    print(f"Drawn in {folder / 'results.png'}.")
 
 
 def show(results: dict, sentences: list[str]) -> None:
-    """Prints the figures of all networks, the sentences of `compare`, and what `undecided` found."""
+    """Prints the figures of all networks and the sentences of `compare`."""
     print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
     row = "{:10}{:>22}{:>8}{:>7}{:>13}{:>12}{:>13}{:>11}".format
     print(row("", "accuracy % (95 %)", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
@@ -228,70 +218,46 @@ def show(results: dict, sentences: list[str]) -> None:
         cost = (f"{part[key]:,.0f}" for key in ("parameters", "macs", "images_per_second"))
         print(row(name, share, f"{part['loss']:.4f}", f"{100 * part['ece']:.2f}", agreement, *cost))
     print("", *sentences, sep="\n")
-    if results["undecided"]:
-        columns = list(results["undecided"][0])[3:]
-        print("\nTest images on which the teacher's two likeliest classes are nearest to each other, in %:")
-        print(f"{'':40}{''.join(f'{column:>15}' for column in columns)}")
-    for part in results["undecided"]:
-        title = f"image {part['image']}, {part['label']}"
-        for number, name in enumerate(part["classes"]):
-            shares = "".join(f"{100 * part[column][number]:15.1f}" for column in columns)
-            print(f"{title if number == 0 else '':24.23}{name:16.15}{shares}")
 
 
-def draw(figure, results: dict, curves: dict, bins: dict, pictures: list) -> None:
-    """Draws on a figure of matplotlib's: accuracy and cost, learning, calibration, classes, and undecided images.
+def draw(figure, results: dict, bins: dict, images: np.ndarray) -> None:
+    """Draws on a figure of matplotlib's: accuracy and cost, learning, calibration, and undecided images.
 
-    results: what results.json holds. curves: of each network, that of `models.Run`. bins: of each network, its
-    `reliability`. pictures: uint8 [H, W, 3] each, those of results["undecided"].
+    results: what results.json holds. bins: each network's `reliability`. images: the test images, uint8 [N, 32, 32, 3].
     """
-    rows = [["cost"] * 2 + ["learning"] * 2, ["calibration"] * 2 + ["classes"] * 2]
-    if pictures:
-        rows += [[f"{what} {number * len(pictures) // 4}" for number in range(4)] for what in ("picture", "shares")]
-    axes = figure.subplot_mosaic(rows, height_ratios=[3, 3, 1.6, 1.9][: len(rows)])
-    cost, learning, calibration, classes = (axes[name] for name in ("cost", "learning", "calibration", "classes"))
-    networks = results["models"]
-    for name, row in networks.items():
+    upper, lower = figure.subfigures(2)
+    cost, learning, calibration = upper.subplots(1, 3)
+    for name, row in results["models"].items():
         style = {"color": COLOURS[name], "label": name}
         accuracy, (low, high) = 100 * row["accuracy"], (100 * end for end in row["accuracy_ci95"])
-        macs = row["macs"] / 1e6 * (1.06 if name == "distilled" else 1)  # or it would hide the student
+        macs = row["macs"] / 1e6 * (1.1 if name == "distilled" else 1)  # or it would hide the student
         cost.errorbar(macs, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", capsize=4, **style)
-        epochs, values = ([line[key] for line in curves[name]] for key in ("epoch", "cross_entropy"))
+        epochs, values = ([line[key] for line in row["curve"]] for key in ("epoch", "cross_entropy"))
         learning.plot(epochs, values, marker=".", **style)
         confidence, correct, share = (100 * part for part in bins[name])
         filled = share > 0.1  # %: fewer images say nothing
         calibration.plot(confidence[filled], correct[filled], "o-", markersize=3, **style)
-    cost.set(title="Accuracy and cost, 95 % intervals", ylabel="test accuracy, %")
-    cost.set(xscale="log", xlabel="multiply-accumulates per image, millions")
-    costs = sorted({row["macs"] / 1e6 for row in networks.values()})
-    cost.set_xticks(costs, [f"{value:.3g}" for value in costs])
-    cost.set_xticks([], minor=True)
+    cost.set(title="Accuracy and cost", ylabel="test accuracy, %, 95 % intervals")
+    cost.set(xscale="log", xlabel="multiply-accumulates, millions")
     learning.set(title="Learning (training views)", xlabel="epoch", ylabel="cross-entropy on the labels")
     calibration.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, zorder=0)
-    calibration.set(title="Calibration (the diagonal is perfect)", xlabel="confidence, %", ylabel="test accuracy, %")
-    for part in (cost, learning, calibration):
-        part.legend(fontsize="small")
-    classes.set(title="Distilled minus student, by class", xlabel="points")
-    if {"student", "distilled"} <= networks.keys():
-        before, after = (networks[name]["class_accuracy"] for name in ("student", "distilled"))
-        gains = sorted((100 * (after[name] - before[name]), name) for name in before)
-        gains = gains if len(gains) <= 12 else gains[:6] + gains[-6:]  # the least and the most helped
-        classes.barh([name for _, name in gains], [gain for gain, _ in gains], color=COLOURS["distilled"])
-        classes.axvline(0, color="black", linewidth=0.8)
-    for number, (row, picture) in enumerate(zip(results["undecided"], pictures)):
-        image, shares = axes[f"picture {number}"], axes[f"shares {number}"]
-        image.imshow(picture)
-        image.set_title(f"labelled {row['label']}", fontsize="medium")
-        image.axis("off")
-        for place, name in enumerate(list(row)[3:]):
-            where = [k + 0.2 * (place - 1.5) for k in range(len(row["classes"]))]
+    calibration.set(title="Calibration (diagonal: perfect)", xlabel="confidence, %", ylabel="test accuracy, %")
+    for axes in (cost, learning, calibration):
+        axes.legend(fontsize="small")
+    rows = results["undecided"]
+    pictures, bars = lower.subplots(2, len(rows), squeeze=False) if rows else ([], [])
+    for row, picture, shares in zip(rows, pictures, bars):
+        picture.imshow(images[row["image"]])
+        picture.set_title(f"labelled {row['label']}", fontsize="medium")
+        picture.axis("off")
+        for place, (name, values) in enumerate(row["shares"].items()):
+            where = [number + 0.2 * (place - 1.5) for number in range(len(values))]
             style = {"color": COLOURS.get(name, "#aaaaaa"), "label": name}
-            shares.barh(where, [100 * share for share in row[name]], 0.2, **style)
+            shares.barh(where, [100 * value for value in values], 0.2, **style)
         shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
         shares.invert_yaxis()
         shares.set(xlabel="probability, %", xlim=(0, 100))
-    if pictures:
-        figure.legend(*axes["shares 0"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        lower.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{results['test_images']:,} test images of {results['dataset']}")
 
 

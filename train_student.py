@@ -10,24 +10,25 @@ import torch.nn.functional as F
 import data
 import models
 
-SEED = 0  # of the initial weights and the order of the images
+SEED = 0  # of the initial weights, the order of the images and their views
 EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.2  # at its peak
-WEIGHT_DECAY = 5e-4  # on the weights that SGD moves; see models.Muon
+WEIGHT_DECAY = 5e-4  # see models.Muon
 
 
 def main() -> None:
     device = models.setup()
-    recipe = models.make_recipe(__file__, globals(), device)
+    recipe = models.make_recipe(globals(), device)
     train, hold_out = data.load_train(device)
-    student = models.new_network("student", train, SEED)
+    student = models.new_network(models.student, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
-    optimizer, schedule = models.make_optimizer(student, LEARNING_RATE, WEIGHT_DECAY, steps)
+    optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
+    schedule = models.make_schedule(optimizer, steps)
     run = models.Run("student", student, optimizer, schedule, recipe, train, hold_out)
 
     for epoch in run.epochs():
-        for images, labels, _ in run.progress(data.batches(train, BATCH_SIZE, epoch, SEED)):
+        for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):
             with models.autocast(device):
                 logits = student(images)
             loss = F.cross_entropy(logits.float(), labels)

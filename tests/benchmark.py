@@ -60,15 +60,13 @@ class OneByOne(Dataset):
     """The usual way: one image at a time through torchvision's transforms."""
 
     def __init__(self, split: data.ImageSet, count: int):
-        inner = slice(data.SHIFT, data.SHIFT + data.SIZE)
-        self.images = [transforms.functional.to_pil_image(x.cpu().numpy()) for x in split.images[:count, inner, inner]]
+        self.images = [transforms.functional.to_pil_image(image.cpu().numpy()) for image in split.images[:count]]
         self.labels = split.labels[:count].tolist()
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(data.SIZE, padding=data.SHIFT, padding_mode="reflect"),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(split.mean, split.std),
             ]
         )
 
@@ -141,13 +139,12 @@ def measure_batches(train: data.ImageSet) -> None:
         row(f"DataLoader and transforms, {workers} workers", len(images) / taken, "images/s")
 
 
-def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: int) -> None:
+def measure_steps(name: str, make, script, train: data.ImageSet, peak: float, steps: int) -> None:
     """The loop of the scripts beside the bare one: forward, backward and step on one fixed batch of the same shape."""
-    network = models.new_network(name, train, 0)
-    optimizer, schedule = models.make_optimizer(network, 1e-3, 0.0, 10**6)
-    recipe = {"BATCH_SIZE": script.BATCH_SIZE, "EPOCHS": 1}
-    run = models.Run(name, network, optimizer, schedule, recipe, train, None)
-    run.epoch, run.training_started = 0, time.perf_counter()
+    network = models.new_network(make, train, 0)
+    optimizer = models.Muon(network, 1e-3, 0.0, 10**6)
+    schedule = models.make_schedule(optimizer, 10**6)
+    run = models.Run(name, network, optimizer, schedule, {}, train, None)
     fixed = next(batches(train, script))
 
     def step(images, labels):
@@ -160,7 +157,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
         return loss, logits
 
     def whole():
-        for images, labels, _ in run.progress(batches(train, script, steps)):
+        for images, labels, _ in batches(train, script, steps):
             loss, logits = step(images, labels)
             schedule.step()
             run.update(loss, logits, labels)
@@ -182,9 +179,9 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
 
     network.train()
     if models.precision(DEVICE) == torch.bfloat16:
-        models.BFLOAT16 = False
+        precision, models.precision = models.precision, lambda device: torch.float32
         in_float32 = medians(bare, repeats=3)[0]
-        models.BFLOAT16 = True
+        models.precision = precision
         row(f"{name}: training, the bare loop, BFLOAT16 = False", images / in_float32, "images/s")
     network.compile()
     try:
@@ -195,7 +192,7 @@ def measure_steps(name: str, script, train: data.ImageSet, peak: float, steps: i
 
 
 def measure_answers(train: data.ImageSet) -> None:
-    teacher = models.new_network("teacher", train, 0).eval()
+    teacher = models.new_network(models.teacher, train, 0).eval()
     some = replace(train, images=train.images[:5000], labels=train.labels[:5000], index=train.index[:5000])
 
     @torch.no_grad()
@@ -204,14 +201,15 @@ def measure_answers(train: data.ImageSet) -> None:
             for images, *_ in data.batches(some, train_student.BATCH_SIZE):
                 teacher(images)
 
-    ours, usual = medians(lambda: models.predict(teacher, some), plain, repeats=5)
+    ours, usual = medians(lambda: models.predict("teacher", teacher, some), plain, repeats=5)
     row("teacher: prediction", len(some) / ours, "images/s")
     row("teacher: no_grad, training batches", len(some) / usual, "images/s")
 
 
 def measure_epochs(train: data.ImageSet) -> None:
     """Whole scripts, for one epoch, with an untrained teacher: wrong answers cost what right ones do."""
-    models.save_checkpoint("teacher", models.new_network("teacher", train, 0), train, {})
+    teacher = models.new_network(models.teacher, train, 0)
+    models.save_checkpoint("teacher", teacher, train, {})
     train_student.EPOCHS = distill.EPOCHS = 1
     measured = []
     models.Run.save = lambda run: measured.append(run.curve[-1]["seconds"])
@@ -227,7 +225,7 @@ def measure_epochs(train: data.ImageSet) -> None:
 
     load = data.load_train
     data.load_train = lambda device: (train, None)
-    passes = seconds(lambda: models.predict(models.new_network("teacher", train, 0), train, mirror=True))
+    passes = seconds(lambda: models.predict("teacher", teacher, train, mirror=True))
     epoch(distill)  # to warm up
     pairs = [(epoch(train_student), epoch(distill)) for _ in range(3)]
     alone, with_passes = (statistics.median(times) for times in zip(*pairs))
@@ -275,8 +273,8 @@ def main() -> None:
         peak = peak_rate()
         row(f"the machine: a large product in {models.precision(DEVICE)}", 2 * peak / 1e9, "GFLOP/s")
         measure_batches(train)
-        measure_steps("teacher", train_teacher, train, peak, steps=10)
-        measure_steps("student", train_student, train, peak, steps=30)
+        measure_steps("teacher", models.teacher, train_teacher, train, peak, steps=10)
+        measure_steps("student", models.student, train_student, train, peak, steps=30)
         measure_answers(train)
         measure_epochs(train)
         measure_start()

@@ -36,10 +36,10 @@ COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("
 def results_of(seed: int, root: Path) -> dict:
     """The results.json of one seed, made where it is not there yet."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
-    path = models.checkpoint_path(data.dataset_name(), "results").with_suffix(".json")
+    path = models.checkpoint_dir(data.dataset_name()) / "results.json"
     if not path.is_file():
         for name, script in zip(models.SCRIPTS, (train_teacher, train_student, distill)):
-            if not models.checkpoint_path(data.dataset_name(), name).is_file():
+            if not (path.parent / f"{name}.pt").is_file():
                 script.SEED = seed
                 script.main()
         evaluate.main()
@@ -51,8 +51,8 @@ def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tens
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     figures = []
     for name in models.SCRIPTS:
-        network, checkpoint = models.load_checkpoint(name, images.dataset, images)
-        logits = models.predict(network, images.normalised_as_in(checkpoint))
+        network, _ = models.load_checkpoint(name, images.dataset, images)
+        logits = models.predict(name, network, images)
         losses = F.cross_entropy(logits, images.labels, reduction="none")
         figures.append(torch.stack([100.0 * (logits.argmax(1) == images.labels), losses]))
     return torch.stack(figures)
@@ -79,7 +79,7 @@ def main() -> None:
         raise SystemExit(f"SEEDS in tests/seeds.py must be from {min(T_95)} to {max(T_95)} seeds, not {len(SEEDS)}.")
     if data.HOLD_OUT:
         data.load_test = lambda device: data.load_train(device)[1]
-    root = models.checkpoint_path("", "").parent
+    root = models.checkpoint_dir("")
     runs = []
     for seed in SEEDS:
         runs.append(results_of(seed, root))

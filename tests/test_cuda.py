@@ -43,6 +43,8 @@ def move(module, device, memory_format):
 def device(request, tiny, monkeypatch):
     """Fake tensors take no backward pass on CUDA, but they do on the meta device."""
     monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())  # a GPU has its own state
+    monkeypatch.setitem(models.PREDICTION_BATCH, "meta", 2000)
     if request.param == "meta":  # which autocast does not know; without a GPU it switches itself off on CUDA
         monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())
     device, real = torch.device(request.param), torch.zeros(1)
@@ -63,14 +65,15 @@ def test_training_and_prediction_stay_on_the_device(device, monkeypatch):
     monkeypatch.setattr(data, "HOLD_OUT", 20)
     train, hold_out = data.load_train(device)
     train = replace(train, images=train.images[:50], labels=train.labels[:50], index=train.index[:50])
-    teacher, student = (models.new_network(name, train, 0) for name in ("teacher", "student"))
-    teacher_logits = models.predict(teacher, train, mirror=True)
-    optimizer, schedule = models.make_optimizer(student, 0.1, 1e-3, 4)
-    recipe = {"EPOCHS": 1, "BATCH_SIZE": 25, "LEARNING_RATE": 0.1}
+    teacher, student = (models.new_network(make, train, 0) for make in (models.teacher, models.student))
+    teacher_logits = models.predict("teacher", teacher, train, mirror=True)
+    optimizer = models.Muon(student, 0.1, 1e-3, 4)
+    schedule = models.make_schedule(optimizer, 4)
+    recipe = {"EPOCHS": 1, "BATCH_SIZE": 25, "LEARNING_RATE": 0.1, "SEED": 0}
     run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
     monkeypatch.setattr(models, "write_atomically", lambda path, write: None)
     for epoch in run.epochs():
-        for images, labels, positions in run.progress(data.batches(train, 25, epoch, 0)):
+        for images, labels, positions in data.batches(train, 25, epoch, 0):
             logits = student(images)
             loss = distill.distillation_loss(logits, teacher_logits[positions], labels, 4.0, 0.9)
             assert loss.device == logits.device and logits.device.type == device.type
@@ -84,7 +87,7 @@ def test_training_and_prediction_stay_on_the_device(device, monkeypatch):
             schedule.step()
             run.update(loss, logits, labels)
     assert run.curve[0]["hold_out_accuracy"] is not None
-    logits = models.predict(student, hold_out)
+    logits = models.predict("student", student, hold_out)
     assert logits.shape == (20, 10) and F.cross_entropy(logits, hold_out.labels).device.type == device.type
 
 

@@ -2,8 +2,6 @@
 
 import ctypes
 import json
-import os
-import re
 import sys
 
 import pytest
@@ -88,7 +86,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(copy):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
     done = copy.run("-O", "-c", f"import resource, train_student; {limit}; train_student.main()")
     assert done.returncode == 1
-    assert re.search(r"student\.\w+\.progress\.pt could not be written", done.stderr)
+    assert "student.progress.pt could not be written" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == b"the last run's"
     assert not list(path.parent.glob("*.tmp")) and not list(path.parent.glob("*progress*"))
@@ -144,7 +142,7 @@ def test_damaged_progress_is_not_believed(damage, tiny, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(models.Run, "save", lambda run: None)  # leaves the progress of the first epoch
         distill.main()
-    (path,) = tiny.glob("distilled.*.progress.pt")
+    path = tiny / "distilled.progress.pt"
     if damage == "hostile":
         torch.save({"recipe": Hostile()}, path)
     elif damage == "foreign":
@@ -159,42 +157,31 @@ def test_damaged_progress_is_not_believed(damage, tiny, tmp_path, monkeypatch, c
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where root can be made to obey")
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy):
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(copy):
     assert copy.run("train_teacher.py").returncode == 0
     path = copy.folder / "checkpoints" / "synthetic" / "teacher.pt"
     path.chmod(0)
     done = copy.run("distill.py", before=obey_permissions)
     path.chmod(0o644)
-    assert done.returncode == 1 and "teacher.pt may not be read: " in done.stderr
+    assert done.returncode == 1 and "teacher.pt cannot be read: " in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@posix
-def test_a_learning_curve_that_cannot_be_written_costs_a_warning_and_nothing_else(copy):
-    folder = copy.folder / "checkpoints" / "synthetic"
-    (folder / "student.csv").mkdir(parents=True)  # as a spreadsheet that has it open does on Windows
-    done = copy.run("train_student.py")
-    assert done.returncode == 0 and "student.csv could not be written: " in done.stdout
-    assert (folder / "student.pt").exists()
 
 
 @pytest.mark.parametrize(
     "module, name, value",
     [
         (models, "CHECKPOINT_DIR", 3),
-        (models, "BFLOAT16", 1),
-        (models, "MUON_MOMENTUM", 2),
-        (models, "MUON_SCALE", 0),
-        (models, "WARM_UP", -0.1),
-        (data, "DATA_DIR", ""),
+        (data, "DATASET", None),
+        (data, "HOLD_OUT", -1),
+        (data, "HOLD_OUT", 0.5),
+        (data, "SHIFT", 32),
     ],
 )
 def test_other_constants_are_named_too(module, name, value, tiny, monkeypatch):
     train_teacher.main()
     monkeypatch.setattr(module, name, value)
-    if name == "CHECKPOINT_DIR":
-        monkeypatch.delenv("CHECKPOINT_DIR")
-    with pytest.raises(SystemExit, match=f"^{name} = {value!r} in {os.path.basename(module.__file__)} must be"):
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match=f"^{name} = {value!r} .*must be"):
         distill.main()
 
 
@@ -206,7 +193,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         file.write(b"half")
         raise OSError("no space")
 
-    with pytest.raises(SystemExit, match="file could not be written \\(no space\\): make room"):
+    with pytest.raises(
+        SystemExit, match="file could not be written \\(no space\\): make room, or change CHECKPOINT_DIR"
+    ):
         models.write_atomically(path, fail)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
     models.write_atomically(path, lambda file: file.write(b"after"))

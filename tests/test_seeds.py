@@ -84,10 +84,10 @@ def correct_by_image(root):
     correct = {name: [] for name in models.SCRIPTS}
     for seed in range(2):
         for name, rows in correct.items():
-            content = models.read(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
+            content = models.load_if_there(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
             network = getattr(models, content["network"])(10, content["widths"])
             network.load_state_dict(content["state_dict"])
-            logits = models.predict(network, test.normalised_as_in(content))
+            logits = models.predict(name, network, test)
             rows.append((logits.argmax(1) == test.labels).double().numpy())
     return {name: np.stack(rows) for name, rows in correct.items()}
 
