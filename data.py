@@ -130,15 +130,9 @@ def hold_out_positions(labels: np.ndarray, count: int) -> np.ndarray:
     return by_class[((np.arange(count) + 0.5) * len(labels) / max(count, 1)).astype(int)]
 
 
-# Where the images come from -------------------------------------------------------------------------------------------
-
-
 def path_from(variable: str, constant: str) -> Path:
     """The path in an environment variable, else in the constant of that name, which is relative to this file."""
-    try:
-        return Path(os.environ.get(variable) or Path(__file__).parent / Path(constant).expanduser()).expanduser()
-    except TypeError:
-        raise SystemExit(f"{variable} = {constant!r} must be a text in quotes.") from None
+    return Path(os.environ.get(variable) or Path(__file__).parent / Path(str(constant)).expanduser()).expanduser()
 
 
 def dataset_name() -> str:
@@ -177,10 +171,8 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
     try:
         loaded = CIFAR10(folder, train=split == "train", download=True)
     except Exception as error:  # no network, no disk, a damaged archive: nearly anything
-        raise SystemExit(
-            f"CIFAR-10 is not in {folder} (DATA_DIR) and could not be downloaded ({error}): put a sound "
-            f"{CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic, which needs no download."
-        ) from None
+        way_out = f"put a sound {CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic"
+        raise SystemExit(f"No CIFAR-10 in {folder} (DATA_DIR), and no download ({error}): {way_out}.") from None
     finally:
         socket.setdefaulttimeout(timeout)
     if RANK == 0 and WORLD_SIZE > 1:
@@ -234,9 +226,8 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Ten classes of drawn flowers, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
 
     A class is a number of petals, 3 to 7, filled or as an outline. The label is truly uncertain: a flower stands
-    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. Place, size, turn, squeeze, depth
-    of the petals, colours and background vary from image to image. Drawn in float64: in float32 a few pixels would
-    differ between processors, by 1 of 255.
+    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. All else varies from image to
+    image. Drawn in float64: in float32 a few pixels would differ between processors.
     """
     count = SYNTHETIC_IMAGES[split]
     rng = np.random.default_rng([DRAWING, split == "test"])
@@ -279,9 +270,6 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def synthetic_chances(share: np.ndarray) -> np.ndarray:
     """With which chance [N] flowers that stand at `share` [N] between two numbers of petals get the higher one."""
     return 1 / (1 + np.exp(-10 * (share - 0.5)))  # half at the middle, nearly sure at a whole number
-
-
-# What all scripts share -----------------------------------------------------------------------------------------------
 
 
 def fingerprint(*parts) -> str:

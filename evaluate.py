@@ -7,14 +7,13 @@ Prints a table and writes results.json, and with matplotlib results.png, beside 
 
 import json
 import math
-import statistics
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -60,23 +59,13 @@ def gap_closed(gains: Tensor, gaps: Tensor, quantile: float = Z) -> tuple[float,
     return (gain / gap).item(), ((b - half) / a).item(), ((b + half) / a).item()
 
 
-def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the images in each of BINS equal bins of confidence: mean confidence, accuracy, share of all; each [BINS].
-
-    logits [N, classes], labels [N]. An empty bin has three zeros.
-    """
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error: the mean gap between confidence and accuracy over BINS equal bins of confidence,
+    weighted by the images in each (Guo et al. 2017, arXiv:1706.04599). logits [N, classes], labels [N]; 0 to 1."""
     confidence, answer = logits.double().softmax(1).max(1)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    sums = torch.zeros(3, BINS, dtype=torch.float64)
-    sums.index_add_(1, bins, torch.stack([confidence, (answer == labels).double(), torch.ones_like(confidence)]))
-    return *(sums[:2] / sums[2].clamp(min=1)), sums[2] / len(labels)
-
-
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy over the bins of `reliability`, weighted by
-    the images in each (Guo et al. 2017, arXiv:1706.04599). logits [N, classes], labels [N]; 0 to 1."""
-    confidence, correct, share = reliability(logits, labels)
-    return ((confidence - correct).abs() * share).sum().item()
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, confidence - (answer == labels).double())
+    return gaps.abs().sum().item() / len(labels)
 
 
 def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
@@ -87,14 +76,11 @@ def multiply_accumulates(network: nn.Module, image: Tensor) -> int:
 
 
 def images_per_second(network: nn.Module, images: Tensor) -> float:
-    """Of inference on a batch [B, 3, H, W]: the median of seven passes after two that warm up."""
-    seconds = []
+    """Of inference on a batch [B, 3, H, W]: the median over about a second."""
     with torch.inference_mode(), models.autocast(images.device):
-        for _ in range(9):
-            started = time.perf_counter()
-            network(images)[0, 0].item()  # .item() waits for the device
-            seconds.append(time.perf_counter() - started)
-    return len(images) / statistics.median(seconds[2:])
+        names = {"network": network, "images": images}
+        timer = Timer("network(images)", globals=names, num_threads=torch.get_num_threads())
+        return len(images) / timer.blocked_autorange(min_run_time=1).median
 
 
 def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
@@ -181,9 +167,9 @@ def main() -> None:
             print(f"No {name} checkpoint: run python {script}.")
     if not figures:
         raise SystemExit(f"There is nothing to evaluate in {folder}.")
-    about = {"dataset": test.dataset, "device": device.type, "torch": torch.__version__, "test_images": len(test)}
+    results = {"dataset": test.dataset, "device": device.type, "torch": torch.__version__, "test_images": len(test)}
     comparison, sentences = compare(figures, logits, labels)
-    results = about | {"models": figures} | comparison | {"undecided": []}
+    results |= {"models": figures} | comparison | {"undecided": []}
     if len(logits) == 3:
         temperature = figures["distilled"]["recipe"]["TEMPERATURE"]
         results["undecided"] = undecided(logits, labels, test.classes, temperature)
@@ -198,9 +184,8 @@ def main() -> None:
         print("Install matplotlib to get results.png.")
         return
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
-        figure = Figure(figsize=(10, 8), layout="constrained", facecolor="white")  # white: legible on any ground
-        bins = {name: reliability(answers, labels) for name, answers in logits.items()}
-        draw(figure, results, bins, test.images.cpu().numpy())
+        figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")  # white: legible on any ground
+        draw(figure, results, test.images.cpu().numpy())
         models.write_atomically(folder / "results.png", lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"Drawn in {folder / 'results.png'}.")
 
@@ -212,38 +197,26 @@ def show(results: dict, sentences: list[str]) -> None:
     print(row("", "accuracy % (95 %)", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
     for name, part in results["models"].items():
         low, high = part["accuracy_ci95"]
-        share, agreement = f"{100 * part['accuracy']:.2f} ({100 * low:.2f}-{100 * high:.2f})", "-"
-        if part["agreement_with_teacher"] is not None:
-            agreement = f"{100 * part['agreement_with_teacher']:.2f}"
+        share = f"{100 * part['accuracy']:.2f} ({100 * low:.2f}-{100 * high:.2f})"
+        agreement = part["agreement_with_teacher"]
+        agreement = "-" if agreement is None else f"{100 * agreement:.2f}"
         cost = (f"{part[key]:,.0f}" for key in ("parameters", "macs", "images_per_second"))
         print(row(name, share, f"{part['loss']:.4f}", f"{100 * part['ece']:.2f}", agreement, *cost))
     print("", *sentences, sep="\n")
 
 
-def draw(figure, results: dict, bins: dict, images: np.ndarray) -> None:
-    """Draws on a figure of matplotlib's: accuracy and cost, learning, calibration, and undecided images.
+def draw(figure, results: dict, images: np.ndarray) -> None:
+    """Draws on a figure of matplotlib's: the learning curves, and the undecided images with their probabilities.
 
-    results: what results.json holds. bins: each network's `reliability`. images: the test images, uint8 [N, 32, 32, 3].
+    results: what results.json holds. images: the test images, uint8 [N, 32, 32, 3].
     """
-    upper, lower = figure.subfigures(2)
-    cost, learning, calibration = upper.subplots(1, 3)
+    upper, lower = figure.subfigures(2, height_ratios=[2, 3])
+    learning = upper.subplots()
     for name, row in results["models"].items():
-        style = {"color": COLOURS[name], "label": name}
-        accuracy, (low, high) = 100 * row["accuracy"], (100 * end for end in row["accuracy_ci95"])
-        macs = row["macs"] / 1e6 * (1.1 if name == "distilled" else 1)  # or it would hide the student
-        cost.errorbar(macs, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", capsize=4, **style)
         epochs, values = ([line[key] for line in row["curve"]] for key in ("epoch", "cross_entropy"))
-        learning.plot(epochs, values, marker=".", **style)
-        confidence, correct, share = (100 * part for part in bins[name])
-        filled = share > 0.1  # %: fewer images say nothing
-        calibration.plot(confidence[filled], correct[filled], "o-", markersize=3, **style)
-    cost.set(title="Accuracy and cost", ylabel="test accuracy, %, 95 % intervals")
-    cost.set(xscale="log", xlabel="multiply-accumulates, millions")
-    learning.set(title="Learning (training views)", xlabel="epoch", ylabel="cross-entropy on the labels")
-    calibration.plot([0, 100], [0, 100], color="#bbbbbb", linewidth=1, zorder=0)
-    calibration.set(title="Calibration (diagonal: perfect)", xlabel="confidence, %", ylabel="test accuracy, %")
-    for axes in (cost, learning, calibration):
-        axes.legend(fontsize="small")
+        learning.plot(epochs, values, marker=".", color=COLOURS[name], label=f"{name}, test {row['accuracy']:.1%}")
+    learning.set(title="Learning", xlabel="epoch", ylabel="cross-entropy on training views")
+    learning.legend()
     rows = results["undecided"]
     pictures, bars = lower.subplots(2, len(rows), squeeze=False) if rows else ([], [])
     for row, picture, shares in zip(rows, pictures, bars):
@@ -257,7 +230,8 @@ def draw(figure, results: dict, bins: dict, images: np.ndarray) -> None:
         shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
         shares.invert_yaxis()
         shares.set(xlabel="probability, %", xlim=(0, 100))
-        lower.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    if rows:
+        lower.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{results['test_images']:,} test images of {results['dataset']}")
 
 

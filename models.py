@@ -1,9 +1,11 @@
-"""The networks, and what every script does with one: device, optimizer, checkpoints, resumable training."""
+"""The networks, and what every script does with one: device, optimizer, checkpoints, resumable training.
+
+Anything that maps images [B, 3, 32, 32], 0 to 1, to logits [B, classes] can be returned by teacher() or student().
+"""
 
 import ast
 import contextlib
 import datetime
-import functools
 import itertools
 import math
 import os
@@ -11,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
@@ -35,10 +37,7 @@ CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOIN
 
 PREDICTION_BATCH = {"cuda": 2000, "cpu": 125}  # images: what fills a GPU, what fits a CPU's cache
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
-FORMAT = 2  # of the checkpoints; the networks of format 1 took normalised images
-
-
-# Networks: anything that maps [B, 3, 32, 32] to [B, classes] can be returned by teacher() or student() ---------------
+FORMAT = 2  # of checkpoints, which hold tensors and plain values only; networks of format 1 took normalised images
 
 
 def teacher(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
@@ -119,9 +118,6 @@ def check_logits(network: nn.Module, classes: int, source: str, training: bool =
         raise SystemExit(f"{source} must map images [2, 3, 32, 32] to logits [2, {classes}], not to {found}.")
 
 
-# Device, precision, optimizer -----------------------------------------------------------------------------------------
-
-
 def setup() -> torch.device:
     """What every script calls first. Returns its device: CUDA if available, else the CPU.
 
@@ -166,7 +162,6 @@ def average_over_processes(*tensors: Tensor) -> None:
         tensor /= WORLD_SIZE
 
 
-@functools.cache
 def precision(device: torch.device) -> torch.dtype:
     """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
     if device.type == "cuda":
@@ -195,16 +190,12 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
         stages = [module for module in network.modules() if isinstance(module, Stage)]
         kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
-        rest = [parameter for parameter in network.parameters() if parameter not in kernels]
+        parameters = list(network.parameters())
+        angle = learning_rate * MUON_SCALE / max(1, steps) ** 0.5
         groups = [
-            {
-                "params": [parameter for parameter in network.parameters() if parameter in kernels],
-                "lr": learning_rate * MUON_SCALE / max(1, steps) ** 0.5,
-                "momentum": MUON_MOMENTUM,
-                "muon": True,
-            },
-            {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": weight_decay},
-            {"params": [parameter for parameter in rest if parameter.ndim <= 1]},
+            {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": MUON_MOMENTUM, "muon": True},
+            {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p not in kernels and p.ndim <= 1]},
         ]
         super().__init__(groups, {"lr": learning_rate, "momentum": MOMENTUM, "weight_decay": 0.0, "muon": False})
 
@@ -239,23 +230,21 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return (wide.mT if len(matrix) > matrix.shape[1] else wide).to(matrix.dtype)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     """Scales the optimizer's learning rates, whatever they are: linear warm-up to them, linear decay to 0."""
     warmup_steps = max(1, round(WARM_UP * steps))
     decay_steps = max(1, steps - warmup_steps)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (warmup_steps + 1), (steps - step) / decay_steps)
-    )
+    return LambdaLR(optimizer, lambda step: min((step + 1) / (warmup_steps + 1), (steps - step) / decay_steps))
 
 
 @torch.no_grad()
 def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor:
-    """The network's logits for the images as they are, float32 [N, classes], in eval mode.
+    """The network's logits for the images as they are, float32 [N, classes]; leaves it in eval mode.
 
-    With mirror, the mean of those for each image and for its mirror image. Ends the script with one sentence, in which
-    the network has that name, where they are not finite.
+    With mirror, the mean of those for each image and for its mirror image. Ends the script with one sentence, with that
+    name in it, where they are not finite.
     """
-    device, training = split.labels.device, network.training
+    device = split.labels.device
     whole = torch.zeros(len(split), len(split.classes), device=device)
     network.eval()
     with autocast(device), tqdm(total=len(split), **data.BAR) as bar:
@@ -265,7 +254,6 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
                 logits = (logits + network(images.flip(3)).float()) / 2
             whole[positions] = logits
             bar.update(len(positions) * WORLD_SIZE)
-    network.train(training)
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
     if not whole.isfinite().all():
@@ -278,15 +266,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-# Files: tensors and plain values only, so that reading one executes nothing -------------------------------------------
-
-
 def checkpoint_dir(dataset: str) -> Path:
     """Where the checkpoints teacher.pt, student.pt and distilled.pt, and what belongs to them, are kept."""
     return data.path_from("CHECKPOINT_DIR", CHECKPOINT_DIR) / dataset
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable) -> None:
     """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it, on rank 0.
 
     After a crash the file is either the old one or the new one. Ends the script with one sentence where it cannot.
@@ -322,10 +307,7 @@ def load_if_there(path: Path) -> dict | None:
 
 
 def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()) -> None:
-    """Saves all that it takes to rebuild the network, to use it and to know what it was trained on and how.
-
-    curve: one dictionary per epoch, see `Run`.
-    """
+    """Saves all that it takes to rebuild the network and to know what it was trained on and how. curve: see `Run`."""
     check_logits(network, len(train.classes), f"The network of {name}.pt")
     content = {
         "format": FORMAT,
@@ -334,7 +316,6 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "state_dict": {key: value.cpu() for key, value in network.state_dict().items()},  # any machine can load it
         "dataset": train.dataset,
         "fingerprint": train.fingerprint,
-        "images": len(train),
         "classes": list(train.classes),
         "recipe": recipe,
         "curve": list(curve),
@@ -359,23 +340,17 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         if checkpoint["format"] != FORMAT:
             raise KeyError
     except (KeyError, RuntimeError, TypeError):
-        raise SystemExit(
-            f"{path} is damaged, or holds another network than models.py makes now: "
-            f"change that back, or run python {script} again."
-        ) from None
+        way_out = f"change that back, or run python {script} again"
+        raise SystemExit(f"{path} is damaged, or holds another network than models.py makes now: {way_out}.") from None
     check_logits(network, len(classes), f"The network of {path}")
     if split and tuple(classes) != split.classes:
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
     if split and split.fingerprint not in ("", checkpoint["fingerprint"]):
-        print(
-            f"{path} was trained on other images ({checkpoint['images']:,}) than {dataset} has now with HOLD_OUT = "
-            f"{data.HOLD_OUT} ({len(split):,}). It may have been trained on hold-out images: run python {script} again."
-        )
+        print(f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}.")
+        print(f"It may have been trained on hold-out images: run python {script} again.")
     device = split.labels.device if split else "cpu"
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
-
-# Training: what the three training loops share ------------------------------------------------------------------------
 
 LIMITS = {  # constant: type, least, most
     "HOLD_OUT": (int, 0, math.inf),
@@ -399,11 +374,11 @@ def make_recipe(constants: dict, device: torch.device) -> dict:
     recipe = {"precision": str(precision(device)).removeprefix("torch.")}
     for names in (vars(data), globals(), constants):
         for name, value in names.items():
-            kind, low, high = LIMITS.get(name, (type(value), value, value))
-            valid = type(value) is kind or (kind is float and type(value) is int)
-            if name in LIMITS and not (valid and low <= value <= high):
-                wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
-                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {low} to {high}.")
+            if name in LIMITS:
+                kind, low, high = LIMITS[name]
+                if type(value) not in (int, kind) or not low <= value <= high:
+                    wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
+                    raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {low} to {high}.")
             plain = value is None or isinstance(value, (int, float, str, tuple, list))
             if name.isupper() and plain and name not in NOT_IN_RECIPE:
                 recipe[name] = value if type(value) in (bool, int, float, str) else repr(value)
@@ -454,10 +429,8 @@ class Run:
             print(f"{self.progress_path} is damaged: starting from the first epoch.")
             return
         if differing := differences(progress["begun_by"], self.begun_by):
-            raise SystemExit(
-                f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}. "
-                "Restore them to continue it, or delete that file to start anew."
-            )
+            start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
+            raise SystemExit(f"{start}. Restore them to continue it, or delete that file to start anew.")
         for name, part in self.parts.items():
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
@@ -491,8 +464,11 @@ class Run:
 
     def _end_epoch(self, epoch: int, started: float) -> None:
         rate, left = len(self.train) / (time.perf_counter() - started), self.recipe["EPOCHS"] - epoch - 1
-        if not left:
-            self._normalise_anew(epoch)
+        if not left:  # batch normalisation's statistics, with the final weights: the running ones forget too slowly
+            views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
+            device = self.totals.device
+            with autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                update_bn(itertools.islice(views, STATISTICS_BATCHES), self.network)
         running_statistics = [value for value in self.network.buffers() if value.is_floating_point()]
         average_over_processes(self.totals, *running_statistics)
         figures = self._means()
@@ -516,13 +492,6 @@ class Run:
             line += f", about {math.ceil(left * taken / 60)} min left"
         self.bar.clear()
         print(f"epoch {epoch + 1:3}/{epoch + 1 + left}: {line}", flush=True)
-
-    def _normalise_anew(self, epoch: int) -> None:
-        """Takes batch normalisation's statistics from the final weights; running ones forget their start too slowly."""
-        device = self.totals.device
-        views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
-        with autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            update_bn(itertools.islice(views, STATISTICS_BATCHES), self.network)
 
     def save(self) -> None:
         """Saves the checkpoint and removes the progress."""

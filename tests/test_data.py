@@ -493,10 +493,3 @@ def test_a_hold_out_leaves_an_image_of_every_class(count, message, tiny, monkeyp
     monkeypatch.setattr(data, "HOLD_OUT", count)
     with pytest.raises(SystemExit, match=f"^HOLD_OUT = {message}"):
         data.load_train("cpu")
-
-
-def test_a_dataset_in_quotes_that_are_missing_is_named(monkeypatch):
-    monkeypatch.delenv("DATASET", raising=False)
-    monkeypatch.setattr(data, "DATASET", 10)
-    with pytest.raises(SystemExit, match="^DATASET = 10 must be a text in quotes"):
-        data.load_train("cpu")

@@ -129,15 +129,6 @@ def test_a_teacher_trained_since_is_noticed(tiny, monkeypatch, capsys):
     assert "distilled from another teacher than teacher.pt: run python distill.py." in capsys.readouterr().out
 
 
-def test_reliability_by_hand():
-    logits = torch.tensor([[0.0, 4.0, 0.0], [0.0, 4.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
-    labels = torch.tensor([1, 0, 0, 2])
-    confidence, right, share = evaluate.reliability(logits, labels)
-    sure = math.exp(4) / (math.exp(4) + 2)  # 0.965, in the last bin: one right, one wrong
-    assert (share * 4).tolist() == [0] * 6 + [1, 0, 1] + [0] * 5 + [2]  # 0.45 and 0.58, and two above 14/15
-    assert confidence[-1].item() == pytest.approx(sure) and right[-1].item() == 0.5 and share[-1].item() == 0.5
-
-
 def test_the_learning_curve_is_kept_over_interruptions(tiny, monkeypatch):
     monkeypatch.setattr(train_student, "EPOCHS", 3)
     monkeypatch.setattr(data, "HOLD_OUT", 40)
@@ -193,20 +184,17 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
             script.main()
     results = json.loads((tiny / "results.json").read_text())
     assert (tiny / "results.png").read_bytes().startswith(b"\x89PNG")
-    cost, learning, calibration, *undecided = drawn[0].axes
-    rows = results["models"].values()
-    assert [bar[0].get_ydata()[0] for bar in cost.containers] == [100 * row["accuracy"] for row in rows]
-    assert [len(line.get_xdata()) for line in learning.get_lines()] == [2, 2, 2]
+    learning, *undecided = drawn[0].axes
+    for line, row in zip(learning.get_lines(), results["models"].values(), strict=True):
+        assert line.get_ydata().tolist() == [epoch["cross_entropy"] for epoch in row["curve"]]
     assert len(undecided) == 8
     shares = next(axes for axes in undecided if len(axes.patches) == 12)
     widths = [bar.get_width() for bar in shares.patches]
     assert widths == [100 * share for row in results["undecided"][0]["shares"].values() for share in row]
-    assert len(calibration.get_lines()) == 4
     for count in (0, 1, 2, 3):  # as many test images as that
         fewer = results | {"undecided": results["undecided"][:count]}
-        bins = dict.fromkeys(results["models"], torch.ones(3, 15))
-        evaluate.draw(whole := figure(), fewer, bins, np.zeros((100, 32, 32, 3)))
-        assert len(whole.axes) == 3 + 2 * count
+        evaluate.draw(whole := figure(), fewer, np.zeros((100, 32, 32, 3)))
+        assert len(whole.axes) == 1 + 2 * count
 
 
 def test_a_hundred_classes(tiny, tmp_path, monkeypatch):

@@ -58,7 +58,6 @@ def test_the_schedule_rises_to_the_learning_rate_and_falls_to_zero():
 @pytest.mark.parametrize("shape", [(16, 27), (64, 12), (48, 144)])
 def test_orthogonalise_against_the_singular_value_decomposition(shape, monkeypatch):
     monkeypatch.setattr(models, "BFLOAT16", False)
-    monkeypatch.setattr(models, "precision", models.precision.__wrapped__)  # which asks once
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     values = torch.diag(left.mT @ models.orthogonalise(matrix) @ right.mT)
@@ -126,7 +125,6 @@ def test_weight_decay_spares_biases_and_normalisation():
 )
 def test_bfloat16_is_for_processors_made_for_it(capable, wanted, used, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
-    monkeypatch.setattr(models, "precision", models.precision.__wrapped__)  # which asks once
     monkeypatch.setattr(models, "BFLOAT16", wanted)
     device = torch.device("cpu")
     assert models.precision(device) == getattr(torch, used)
@@ -136,14 +134,13 @@ def test_bfloat16_is_for_processors_made_for_it(capable, wanted, used, monkeypat
 
 
 @pytest.mark.parametrize("bfloat16, tolerance", [(False, 1e-5), (True, 1e-2)])
-def test_predict_is_in_eval_mode_and_leaves_the_network_as_it_was(bfloat16, tolerance, tiny, monkeypatch):
+def test_predict_is_in_eval_mode_and_changes_no_weight(bfloat16, tolerance, tiny, monkeypatch):
     monkeypatch.setattr(models, "BFLOAT16", bfloat16)
-    monkeypatch.setattr(models, "precision", models.precision.__wrapped__)  # which asks once
     train, _ = data.load_train("cpu")
     network = models.new_network(models.student, train, 0).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     logits = models.predict("student", network, train)
-    assert network.training and same(network.state_dict(), before)
+    assert not network.training and same(network.state_dict(), before)
     images = torch.cat([images for images, *_ in data.batches(train, 50)])
     with torch.no_grad():
         assert torch.allclose(network.eval()(images), logits, atol=tolerance)
@@ -251,7 +248,6 @@ OWN += [with_unused_parts_and_widths]
 def test_networks_of_ones_own_are_trained_interrupted_loaded_and_evaluated(own, tiny, monkeypatch):
     monkeypatch.setattr(models, "student", own)
     monkeypatch.setattr(models, "BFLOAT16", False)
-    monkeypatch.setattr(models, "precision", models.precision.__wrapped__)  # which asks once
     train_student.main()
     undisturbed = weights(tiny / "student.pt")
     interrupt(monkeypatch, train_student, 9)
