@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -156,7 +155,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def average_over_processes(*tensors: Tensor) -> None:
-    """Replaces each tensor by its mean over all processes."""
+    """Replaces each tensor by its mean over all processes, if there are several."""
     for tensor in tensors if WORLD_SIZE > 1 else ():
         torch.distributed.all_reduce(tensor)
         tensor /= WORLD_SIZE
@@ -164,10 +163,9 @@ def average_over_processes(*tensors: Tensor) -> None:
 
 def precision(device: torch.device) -> torch.dtype:
     """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
+    has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return torch.bfloat16 if BFLOAT16 and has_bfloat16 else torch.float32
 
 
@@ -177,14 +175,13 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum; for the convolutions of a `Stage`, Muon.
+    """SGD with Nesterov momentum; for a `Stage`'s kernels Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Muon replaces the step of a kernel, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows,
-    so that few large directions do not drown the others (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Before
-    it the kernel's norm is reset to sqrt(outputs), which changes nothing since a normalisation follows: the learning
-    rate is an angle. The fewer steps, the larger it is, so that one learning_rate suits short and long trainings: turns
-    in random directions add up as the square root of their number. Weight decay is for neither those kernels nor biases
-    and normalisation. torch.optim.Muon is for matrices.
+    Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
+    that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
+    changes nothing since a normalisation follows: the learning rate is an angle. The fewer steps, the larger it is, so
+    that one learning_rate suits short and long trainings: turns in random directions add up as the square root of their
+    number. Weight decay spares those kernels, biases and normalisation. torch.optim.Muon is for matrices alone.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
@@ -217,9 +214,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """[M, N], whose singular values are all near 1 and whose singular vectors are those of matrix [M, N].
+    """The matrix [M, N] with the singular vectors of `matrix` and with singular values near 1.
 
-    By three steps of the Newton-Schulz iteration with the coefficients of Jordan et al. 2024, in matrix products alone.
+    By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are matrix products alone.
     """
     wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
     wide = (wide / (wide.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
@@ -272,9 +269,9 @@ def checkpoint_dir(dataset: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it, on rank 0.
+    """Calls write(file) on a temporary file, flushes that to the disk and renames it to path, on rank 0.
 
-    After a crash the file is either the old one or the new one. Ends the script with one sentence where it cannot.
+    After a crash the file is either the old one or the new one.
     """
     if RANK > 0:
         return
