@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, same
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
@@ -42,9 +43,9 @@ def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
         assert torch.allclose(exported(pictures), student(pictures), atol=1e-5)
 
 
-def test_the_section_on_own_networks(tiny, monkeypatch):
+def test_a_network_of_ones_own(tiny, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Your own images and networks"), defined)  # the README's own text
+    exec(code_under("Change it"), defined)
     monkeypatch.setattr(models, "student", defined["student"])
     monkeypatch.setattr(train_student, "EPOCHS", 1)
     monkeypatch.setattr(train_student, "BATCH_SIZE", 100)
@@ -56,15 +57,25 @@ def test_the_section_on_own_networks(tiny, monkeypatch):
         models.load_checkpoint("student", "synthetic", replace(train, classes=("cat", "dog")))
 
 
-def test_the_section_on_a_teacher_of_ones_own(tiny, tmp_path, monkeypatch):
+def test_a_teacher_from_elsewhere(tiny, tmp_path, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Your own images and networks"), defined)
-    monkeypatch.setattr(models, "teacher", defined["student"])
-    torch.save(models.teacher(10).state_dict(), tmp_path / "my_weights.pt")
+    exec(code_under("Change it", 1), defined)
+    monkeypatch.setattr(models, "teacher", defined["teacher"])
+    torch.save(models.teacher(10)[1].state_dict(), tmp_path / "my_weights.pt")
     monkeypatch.chdir(tmp_path)
-    exec(code_under("Your own images and networks", 1), {})
+    exec(code_under("Change it", 2), {})
     network, _ = models.load_checkpoint("teacher", "synthetic")
-    assert same(network.state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
+    assert same(network[1].state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
     monkeypatch.setattr(distill, "EPOCHS", 1)
     distill.main()
     assert (tiny / "distilled.pt").exists()
+
+
+def test_the_loss_is_that_of_distill():
+    generator = torch.Generator().manual_seed(0)
+    student_logits, teacher_logits = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    names = {"F": F, "student_logits": student_logits, "teacher_logits": teacher_logits, "temperature": 3.0}
+    names |= {"labels": torch.arange(6) % 5, "kd_weight": 0.3}
+    exec(code_under("How it works"), names)
+    expected = distill.distillation_loss(student_logits, teacher_logits, names["labels"], 3.0, 0.3)
+    assert torch.equal(names["loss"], expected)
