@@ -5,6 +5,7 @@ from (SEED, e, i) alone: not from the batch or the device. So a student that lea
 teacher see the same views in the same order.
 """
 
+import glob
 import hashlib
 import math
 import os
@@ -32,10 +33,10 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download is giv
 # First word of each random seed, so that no two uses draw the same numbers.
 ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING = range(1, 6)
 
-# This process's number and their count; torchrun sets both.
+# This process's number, and how many processes there are; torchrun sets both.
 LAUNCHED = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 RANK, WORLD_SIZE = (int(os.environ[name]) if LAUNCHED else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # tqdm's; None: on terminals only
+BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # tqdm's: None shows it on a terminal only
 
 
 @dataclass
@@ -63,7 +64,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     held_out = hold_out_positions(labels, HOLD_OUT)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
     emptied = np.flatnonzero(np.bincount(labels[rest], minlength=len(classes)) == 0)
-    if len(emptied):
+    if HOLD_OUT and len(emptied):
         raise SystemExit(f"HOLD_OUT = {HOLD_OUT} in data.py leaves no image of {classes[emptied[0]]!r} to train on.")
     content = fingerprint(images[rest], labels[rest], classes)
     train = _image_set(images, labels, classes, rest, device, content)
@@ -170,7 +171,7 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
     try:
         loaded = CIFAR10(folder, train=split == "train", download=True)
     except Exception as error:  # no network, no disk, a damaged archive: nearly anything
-        way_out = f"put a sound {CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic"
+        way_out = f"put an undamaged {CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic"
         raise SystemExit(f"No CIFAR-10 in {folder} (DATA_DIR), and no download ({error}): {way_out}.") from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -180,27 +181,25 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
 
 
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
-    """root/<split>/<class>/**/*: what Pillow can read by its ending and is not hidden, resized to 32x32."""
+    """root/<split>/<class>/**/*: all files that are not hidden and whose ending Pillow can read, resized to 32x32."""
     if not root.exists():
         raise SystemExit(f"DATASET = {str(root)!r} does not exist.")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, left_out = {"train": {}, "test": {}}, []
     for part, by_class in files.items():
-        for path in sorted((root / part).glob("*/**/*")):
-            names = path.relative_to(root / part).parts
-            if path.is_dir() or any(name.startswith(".") for name in names):
-                continue
-            if path.suffix.lower() in endings:
-                by_class.setdefault(names[0], []).append(path)
-            else:
+        for name in sorted(map(Path, glob.glob("*/**/*", root_dir=root / part, recursive=True))):  # nothing hidden
+            path = root / part / name
+            if path.suffix.lower() in endings and not path.is_dir():
+                by_class.setdefault(name.parts[0], []).append(path)
+            elif not path.is_dir():
                 left_out.append(path)
-    train, test = (set(by_class) for by_class in files.values())
-    if train != test or len(train) < 2:
-        only = f"; only one of the two has images of {sorted(train ^ test)[:5]}" if train != test else ""
-        wanted = "train/<class>/<images> and test/<class>/<images>, with the same classes, two at least"
-        raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
     if left_out:
         print(f"Left out because of their endings: {len(left_out)} files in {root}, such as {left_out[0].name}.")
+    train, test = (set(by_class) for by_class in files.values())
+    if train != test or len(train) < 2:
+        only = f"; only train or only test has images of {sorted(train ^ test)[:5]}" if train != test else ""
+        wanted = "train/<class>/<images> and test/<class>/<images>, with the same classes, at least two"
+        raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
     chosen = [(path, label) for label, paths in enumerate(files[split].values()) for path in paths]
     images = [read_image(path) for path, _ in tqdm(chosen, f"reading {root / split}", **BAR)]
     return np.stack(images), [label for _, label in chosen], list(files[split])

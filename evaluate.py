@@ -146,7 +146,7 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
 def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
     """The UNDECIDED test images on which the teacher's two likeliest classes are nearest to each other in probability.
 
-    For each the teacher's three likeliest classes, with their probabilities by all networks and the softened teacher.
+    For each the teacher's three likeliest classes, with their probabilities according to all networks.
     """
     likeliest = logits["teacher"].softmax(1).topk(2).values
     softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
@@ -174,7 +174,7 @@ def main() -> None:
     comparison, sentences = compare(figures, logits, labels)
     results |= {"models": figures} | comparison | {"undecided": []}
     if len(logits) == 3:
-        temperature = figures["distilled"]["recipe"]["TEMPERATURE"]
+        temperature = figures["distilled"]["recipe"].get("TEMPERATURE", 1)
         results["undecided"] = undecided(logits, labels, test.classes, temperature)
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
@@ -187,7 +187,7 @@ def main() -> None:
         print("Install matplotlib to get results.png.")
         return
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
-        figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")  # white: legible on any ground
+        figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")  # readable on a dark page too
         draw(figure, results, test.images.cpu().numpy())
         models.write_atomically(folder / "results.png", lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"Drawn in {folder / 'results.png'}.")

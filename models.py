@@ -30,7 +30,6 @@ MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
 MUON_SCALE = 22.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / sqrt(steps) radians a step, at the peak
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
-STATISTICS_BATCHES = 100  # at most, that batch normalisation's final statistics are taken from
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
 
@@ -89,8 +88,8 @@ class Stage(nn.Module):
 def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
-    Under torchrun each gradient becomes the mean over all processes as soon as it is complete, whatever the optimizer;
-    shares of a batch that differ by one image weigh the same.
+    Under torchrun hooks average each gradient over all processes, whose shares of a batch weigh the same. Unlike
+    DistributedDataParallel they leave no wrapper that a script could forget to call.
     """
     torch.manual_seed(seed)
     classes, source = len(train.classes), f"{make.__name__}() in models.py"
@@ -110,7 +109,7 @@ def check_logits(network: nn.Module, classes: int, source: str, training: bool =
     logits = None
     if isinstance(network, nn.Module):
         with torch.no_grad():
-            images = torch.zeros(2, 3, data.SIZE, data.SIZE, device=next(network.parameters()).device)
+            images = torch.zeros(2, 3, data.SIZE, data.SIZE, device=next(network.parameters(), torch.empty(0)).device)
             logits = network.train(training)(images)
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -181,7 +180,7 @@ class Muon(torch.optim.Optimizer):
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
     changes nothing since a normalisation follows: the learning rate is an angle. The fewer steps, the larger it is, so
     that one learning_rate suits short and long trainings: turns in random directions add up as the square root of their
-    number. Weight decay spares those kernels, biases and normalisation. torch.optim.Muon is for matrices alone.
+    number. Weight decay is for all other weights but biases and normalisation. torch.optim.Muon is for matrices alone.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
@@ -254,7 +253,7 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
     if not whole.isfinite().all():
-        raise SystemExit(f"The {name}'s logits are not finite: run python {SCRIPTS[name]}, at a lower LEARNING_RATE.")
+        raise SystemExit(f"The {name}'s logits are not finite: wrong weights, or too high a rate in {SCRIPTS[name]}.")
     return whole
 
 
@@ -337,7 +336,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         if checkpoint["format"] != FORMAT:
             raise KeyError
     except (KeyError, RuntimeError, TypeError):
-        way_out = f"change that back, or run python {script} again"
+        way_out = f"restore models.py, or run python {script} again"
         raise SystemExit(f"{path} is damaged, or holds another network than models.py makes now: {way_out}.") from None
     check_logits(network, len(classes), f"The network of {path}")
     if split and tuple(classes) != split.classes:
@@ -354,15 +353,16 @@ LIMITS = {  # constant: type, least, most
     "SHIFT": (int, 0, data.SIZE - 1),
     "SEED": (int, 0, 2**63 - 1),
     "EPOCHS": (int, 1, math.inf),
-    "BATCH_SIZE": (int, 1, math.inf),
+    "BATCH_SIZE": (int, 2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
     "LEARNING_RATE": (float, 1e-12, 1e38),
     "WEIGHT_DECAY": (float, 0, 1e38),
     "LABEL_SMOOTHING": (float, 0, 1),
     "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
     "KD_WEIGHT": (float, 0, 1),
 }
-NOT_IN_RECIPE = ("DATASET", "DATA_DIR", "CHECKPOINT_DIR", "DOWNLOAD_TIMEOUT", "LAUNCHED", "RANK")  # they change nothing
-NOT_IN_RECIPE += ("NOT_IN_RECIPE", "TEACHER_WIDTHS", "STUDENT_WIDTHS")  # a `Run` records the network's own "layers"
+NOT_IN_RECIPE = ("DATASET", "SYNTHETIC_IMAGES", "TEACHER_WIDTHS", "STUDENT_WIDTHS")  # `Run` adds "images" and "layers"
+NOT_IN_RECIPE += ("DATA_DIR", "CHECKPOINT_DIR", "DOWNLOAD_TIMEOUT", "PREDICTION_BATCH", "BAR", "LAUNCHED", "RANK")
+NOT_IN_RECIPE += ("SCRIPTS", "FORMAT", "LIMITS", "NOT_IN_RECIPE")  # these and the line above do not change a training
 
 
 def make_recipe(constants: dict, device: torch.device) -> dict:
@@ -376,9 +376,10 @@ def make_recipe(constants: dict, device: torch.device) -> dict:
                 if type(value) not in (int, kind) or not low <= value <= high:
                     wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
                     raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {low} to {high}.")
-            plain = value is None or isinstance(value, (int, float, str, tuple, list))
+            plain = value is None or isinstance(value, (int, float, str, tuple, list, dict))
             if name.isupper() and plain and name not in NOT_IN_RECIPE:
-                recipe[name] = value if type(value) in (bool, int, float, str) else repr(value)
+                finite = type(value) is float and math.isfinite(value)
+                recipe[name] = value if finite or type(value) in (bool, int, str) else repr(value)
     return recipe
 
 
@@ -393,7 +394,7 @@ class Run:
 
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
     same weights. curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and
-    of the accuracy over the training views, with a hold-out the accuracy on that, and the seconds since the start.
+    of the accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
     """
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
@@ -402,7 +403,7 @@ class Run:
         layers = repr(network), {key: value.shape for key, value in network.state_dict().items()}
         self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(layers)[:8]}
         files = [Path(__file__).with_name(file) for file in (SCRIPTS[name], "models.py", "data.py")]
-        trees = {file.name: ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files}  # without comments
+        trees = {file.name: ast.dump(ast.parse(file.read_bytes())) for file in files}  # without comments
         self.begun_by = self.recipe | {file: data.fingerprint(tree)[:8] for file, tree in trees.items()}
         self.folder = checkpoint_dir(train.dataset)
         self.progress_path = self.folder / f"{name}.progress.pt"
@@ -427,7 +428,7 @@ class Run:
             return
         if differing := differences(progress["begun_by"], self.begun_by):
             start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
-            raise SystemExit(f"{start}. Restore them to continue it, or delete that file to start anew.")
+            raise SystemExit(f"{start}. Restore them to go on, or delete {self.progress_path.name}.")
         for name, part in self.parts.items():
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
@@ -460,18 +461,20 @@ class Run:
         return dict(zip(("loss", "cross_entropy", "accuracy"), (self.totals[:3] / self.totals[3]).tolist()))
 
     def _end_epoch(self, epoch: int, started: float) -> None:
-        rate, left = len(self.train) / (time.perf_counter() - started), self.recipe["EPOCHS"] - epoch - 1
-        if not left:  # batch normalisation's statistics, with the final weights: the running ones forget too slowly
+        average_over_processes(self.totals)
+        figures, left = self._means(), self.recipe["EPOCHS"] - epoch - 1
+        rate = len(self.train) / (time.perf_counter() - started)
+        if not left and all(module.training for module in self.network.modules()):  # unless some layers are frozen
+            # Batch normalisation's statistics anew: after few steps the running ones still hold their first values.
             views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
             device = self.totals.device
             with autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                update_bn(itertools.islice(views, STATISTICS_BATCHES), self.network)
-        running_statistics = [value for value in self.network.buffers() if value.is_floating_point()]
-        average_over_processes(self.totals, *running_statistics)
-        figures = self._means()
+                update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
+        average_over_processes(*(value for value in self.network.buffers() if value.is_floating_point()))
         if not math.isfinite(figures["loss"]) or not all(part.isfinite().all() for part in self.network.parameters()):
-            rate = f"LEARNING_RATE = {self.recipe['LEARNING_RATE']} in {SCRIPTS[self.name]}"
-            raise SystemExit(f"Loss or weights are no longer finite in epoch {epoch + 1}: {rate} is probably too high.")
+            raise SystemExit(
+                f"The training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}."
+            )
         line = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format(**figures)
         if self.hold_out:
             logits = predict(self.name, self.network, self.hold_out)

@@ -165,5 +165,5 @@ def test_a_truncated_archive_and_no_network_is_one_sentence(server, tmp_path, mo
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(server.archive.read_bytes()[:-100])
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(SystemExit, match="put a sound cifar-10-python.tar.gz there"):
+    with pytest.raises(SystemExit, match="put an undamaged cifar-10-python.tar.gz there"):
         data.load_train("cpu")

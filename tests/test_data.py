@@ -233,20 +233,20 @@ def break_classes_differ(root):
 def break_empty_class(root):
     for file in (root / "train" / "dark").iterdir():
         file.unlink()
-    return root, "only one of the two has images of .'dark'"
+    return root, "only train or only test has images of .'dark'"
 
 
 def break_empty_test_class(root):
     for file in (root / "test" / "dark").iterdir():
         file.unlink()
-    return root, "only one of the two has images of .'dark'"
+    return root, "only train or only test has images of .'dark'"
 
 
 def break_one_class(root):
     for part in ("train", "test"):
         for name in ("dark", "grey"):
             (root / part / name).rename(root / f"{part} {name}")
-    return root, "two at least"
+    return root, "at least two"
 
 
 def break_image(root):
@@ -470,6 +470,24 @@ def test_files_of_other_endings_are_counted(folder, monkeypatch, capsys):
     monkeypatch.setenv("DATASET", str(folder))
     data.load_train("cpu")
     assert capsys.readouterr().out == f"Left out because of their endings: 2 files in {folder}, such as notes.txt.\n"
+
+
+def test_a_folder_of_endings_that_cannot_be_read_says_so(folder, monkeypatch, capsys):
+    for file in folder.glob("*/*/*.png"):
+        file.rename(file.with_suffix(".unknown"))
+    monkeypatch.setenv("DATASET", str(folder))
+    with pytest.raises(SystemExit, match="must be a folder with"):
+        data.load_train("cpu")
+    assert "Left out because of their endings: 48 files" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_linked_folders_are_followed(folder, tmp_path, monkeypatch):
+    (folder / "train" / "dark").rename(tmp_path / "dark")
+    (folder / "train" / "dark").mkdir()
+    (folder / "train" / "dark" / "linked").symlink_to(tmp_path / "dark")
+    monkeypatch.setenv("DATASET", str(folder))
+    assert len(data.load_train("cpu")[0]) == 36
 
 
 @pytest.mark.parametrize("by", ["environment", "constant"])

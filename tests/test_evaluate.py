@@ -119,6 +119,16 @@ def test_recipes_that_differ_are_named(tiny, monkeypatch, capsys):
     assert expected in capsys.readouterr().out
 
 
+def test_a_constant_of_the_users_own_is_compared(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train_student, "ALPHA", 0.1, raising=False)
+    train_student.main()
+    train_teacher.main()
+    monkeypatch.setattr(distill, "ALPHA", 5.0, raising=False)
+    distill.main()
+    evaluate.main()
+    assert "different ALPHA (0.1, 5.0)." in capsys.readouterr().out
+
+
 def test_a_teacher_trained_since_is_noticed(tiny, monkeypatch, capsys):
     for script in (train_teacher, train_student, distill, evaluate):
         script.main()

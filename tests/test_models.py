@@ -211,7 +211,8 @@ def test_other_classes_are_refused(tiny):
 
 
 def with_dropout(classes):
-    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, classes))
+    hidden = nn.LazyLinear(8), nn.BatchNorm1d(8), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), nn.Dropout(), *hidden, nn.Linear(8, classes))
 
 
 def with_weight_norm(classes):
@@ -319,7 +320,7 @@ def test_an_unfinished_run_waits_until_its_constants_come_back(module, name, val
     what = f"{name} \\({re.escape(str(before))}, {re.escape(str(value))}\\)"
     what = "layers \\(.*, .*\\)" if module is models else what
     path = re.escape(str(tiny / "student.progress.pt"))
-    message = f"^{path} is an unfinished run with other constants or code \\(then, now\\): {what}. Restore them to"
+    message = f"^{path} is an unfinished run with other constants or code \\(then, now\\): {what}. Restore them"
     with monkeypatch.context() as patch:
         patch.setattr(module, name, value, raising=False)
         with pytest.raises(SystemExit, match=message):
@@ -347,7 +348,7 @@ def test_an_unfinished_run_belongs_to_the_code_that_began_it(copy):
     done = copy.run("train_student.py")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert re.search("other constants or code .then, now.: train_student.py .[0-9a-f]{8}, [0-9a-f]{8}.. ", done.stderr)
-    script.write_text(text + "# another comment", encoding="utf-8")
+    script.write_text("\ufeff" + text + "# another comment", encoding="utf-8")  # as an editor on Windows saves it
     done = copy.run("train_student.py")
     assert done.returncode == 0 and "Continuing the unfinished run after epoch 1 of 2." in done.stdout
 
@@ -443,6 +444,37 @@ def test_asking_a_new_network_changes_neither_it_nor_the_random_numbers(tiny, mo
     assert same(state, models.student(10).state_dict()) and torch.equal(after, torch.rand(3))
 
 
+class Frozen(nn.Sequential):
+    """A backbone whose batch normalisation stays in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_batch_normalisation_that_is_frozen_stays_as_it_is(tiny, monkeypatch):
+    def student(classes):
+        network = Frozen(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, classes))
+        network[1].running_mean.fill_(5)
+        return network
+
+    monkeypatch.setattr(models, "student", student)
+    monkeypatch.setattr(train_student, "LEARNING_RATE", 1e-4)
+    train_student.main()
+    assert (weights(tiny / "student.pt")["1.running_mean"] == 5).all()
+
+
+def test_a_recipe_holds_the_plain_constants_of_all_three_files(tiny, monkeypatch):
+    monkeypatch.setattr(train_student, "CLASS_WEIGHTS", {"cat": 2.0}, raising=False)
+    monkeypatch.setattr(train_student, "CLIP", float("inf"), raising=False)
+    recipe = models.make_recipe(vars(train_student), torch.device("cpu"))
+    assert recipe["CLASS_WEIGHTS"] == "{'cat': 2.0}" and recipe["CLIP"] == "inf" and recipe["EPOCHS"] == 2
+    assert recipe["SHIFT"] == data.SHIFT and recipe["MOMENTUM"] == models.MOMENTUM and recipe["WORLD_SIZE"] == 1
+    assert not {"DATASET", "DATA_DIR", "CHECKPOINT_DIR", "RANK", "LIMITS", "SCRIPTS"} & recipe.keys()
+    assert all(type(value) in (bool, int, float, str) for value in recipe.values())
+
+
 def separable(split):
     """99 images of three classes that differ in brightness."""
     rng = np.random.default_rng([split == "test"])
@@ -486,7 +518,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     train_student.main()
     before = (tiny / "student.pt").read_bytes()
     monkeypatch.setattr(train_student, "LEARNING_RATE", 1e30)
-    with pytest.raises(SystemExit, match="no longer finite in epoch 1: LEARNING_RATE = 1e\\+30 in train_student.py"):
+    with pytest.raises(SystemExit, match="The training diverged in epoch 1: lower LEARNING_RATE in train_student.py"):
         train_student.main()
     assert (tiny / "student.pt").read_bytes() == before
 
@@ -500,7 +532,7 @@ def test_a_weight_that_is_not_finite_after_the_last_step_is_not_saved(tiny, monk
 
     monkeypatch.setattr(models.Run, "update", broken)
     monkeypatch.setattr(train_student, "BATCH_SIZE", 200)  # one step, whose loss was finite
-    with pytest.raises(SystemExit, match="weights are no longer finite in epoch 1"):
+    with pytest.raises(SystemExit, match="The training diverged in epoch 1"):
         train_student.main()
     assert not (tiny / "student.pt").exists()
 
@@ -509,7 +541,7 @@ def test_finite_weights_that_answer_nothing_finite_are_named(tiny, monkeypatch):
     for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 200), ("LEARNING_RATE", 1e37)):
         monkeypatch.setattr(train_student, name, value)
     train_student.main()
-    with pytest.raises(SystemExit, match="The student's logits are not finite: run python train_student.py"):
+    with pytest.raises(SystemExit, match="The student's logits are not finite: .* too high a rate in train_student.py"):
         evaluate.main()
     assert not (tiny / "results.json").exists()
 

@@ -42,6 +42,8 @@ save = models.Run.save
 def save_too(run):
     torch.save({"state_dict": run.network.state_dict()}, f"{run.name}-{data.RANK}.pt")
     save(run)
+    if data.WORLD_SIZE > 1:
+        torch.distributed.barrier()  # the next script reads what rank 0 has written
 models.Run.save = save_too
 """
 ONE_DIES = """
