@@ -472,9 +472,7 @@ class Run:
                 update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
         average_over_processes(*(value for value in self.network.buffers() if value.is_floating_point()))
         if not math.isfinite(figures["loss"]) or not all(part.isfinite().all() for part in self.network.parameters()):
-            raise SystemExit(
-                f"The training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}."
-            )
+            raise SystemExit(f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}.")
         line = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format(**figures)
         if self.hold_out:
             logits = predict(self.name, self.network, self.hold_out)

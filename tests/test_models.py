@@ -518,7 +518,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     train_student.main()
     before = (tiny / "student.pt").read_bytes()
     monkeypatch.setattr(train_student, "LEARNING_RATE", 1e30)
-    with pytest.raises(SystemExit, match="The training diverged in epoch 1: lower LEARNING_RATE in train_student.py"):
+    with pytest.raises(SystemExit, match="Training diverged in epoch 1: lower LEARNING_RATE in train_student.py"):
         train_student.main()
     assert (tiny / "student.pt").read_bytes() == before
 
@@ -532,7 +532,7 @@ def test_a_weight_that_is_not_finite_after_the_last_step_is_not_saved(tiny, monk
 
     monkeypatch.setattr(models.Run, "update", broken)
     monkeypatch.setattr(train_student, "BATCH_SIZE", 200)  # one step, whose loss was finite
-    with pytest.raises(SystemExit, match="The training diverged in epoch 1"):
+    with pytest.raises(SystemExit, match="Training diverged in epoch 1"):
         train_student.main()
     assert not (tiny / "student.pt").exists()
 
