@@ -16,7 +16,7 @@ import models
 SEED = 0  # of the initial weights, the order of the images and their views
 EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
-LEARNING_RATE = 0.2  # at its peak
+LEARNING_RATE = 0.1  # at its peak
 WEIGHT_DECAY = 5e-4  # see models.Muon
 TEMPERATURE = 4.0  # divides the logits of both: the higher, the more the small probabilities count
 KD_WEIGHT = 0.9  # weight of the loss's term for the teacher; the labels' term has 1 - KD_WEIGHT
