@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
     changes nothing since a normalisation follows: the learning rate is an angle. It falls with the number of steps, so
     that one learning_rate suits short and long trainings, by a power between that of turns in random directions (0.5)
-    and in one (1). Weight decay is for other weights than these, biases and norms. torch.optim.Muon takes only matrices.
+    and in one (1). Weight decay is for other weights than these, biases and norms. torch.optim.Muon takes matrices.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
