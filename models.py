@@ -354,7 +354,7 @@ LIMITS = {  # constant: type, least, most
     "SEED": (int, 0, 2**63 - 1),
     "EPOCHS": (int, 1, math.inf),
     "BATCH_SIZE": (int, 2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
-    "LEARNING_RATE": (float, 1e-12, 1e38),
+    "LEARNING_RATE": (float, 1e-12, 1e35),
     "WEIGHT_DECAY": (float, 0, 1e38),
     "LABEL_SMOOTHING": (float, 0, 1),
     "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss

@@ -305,7 +305,7 @@ def with_one_more_parameter(classes, widths=None):
 @pytest.mark.parametrize(
     "module, name, value",
     [
-        (train_student, "LEARNING_RATE", 0.1),
+        (train_student, "LEARNING_RATE", 0.05),
         (train_student, "ALPHA", [5.0]),  # a constant of the user's own
         (data, "SHIFT", 3),
         (models, "STUDENT_WIDTHS", (4, 4, 4)),
@@ -538,7 +538,7 @@ def test_a_weight_that_is_not_finite_after_the_last_step_is_not_saved(tiny, monk
 
 
 def test_finite_weights_that_answer_nothing_finite_are_named(tiny, monkeypatch):
-    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 200), ("LEARNING_RATE", 1e37)):
+    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 200), ("LEARNING_RATE", 1e35)):
         monkeypatch.setattr(train_student, name, value)
     train_student.main()
     with pytest.raises(SystemExit, match="The student's logits are not finite: .* too high a rate in train_student.py"):
