@@ -4,13 +4,14 @@ import itertools
 import os
 import pickle
 import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile, same, weights
+from conftest import ROOT, Hostile, same, weights
 from torch import nn
 
 import data
@@ -338,19 +339,22 @@ def test_an_unfinished_run_on_other_images_is_not_continued(tiny, monkeypatch):
         train_student.main()
 
 
-def test_an_unfinished_run_belongs_to_the_code_that_began_it(copy):
-    interrupted = "import train_student, models; models.Run.save = lambda run: None; train_student.main()"
-    assert copy.run("-c", interrupted).returncode == 0  # leaves the progress of its first epoch
-    script = copy.folder / "train_student.py"
+def test_an_unfinished_run_belongs_to_the_code_that_began_it(tiny, tmp_path, monkeypatch, capsys):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))  # beside which the code is looked for
+    interrupt(monkeypatch, train_student, 9)
+    script = tmp_path / "train_student.py"
     text = script.read_text(encoding="utf-8")
     assert text.count("loss = F.cross_entropy(") == 1
     script.write_text(text.replace("loss = F.cross_entropy(", "loss = 2 * F.cross_entropy("), encoding="utf-8")
-    done = copy.run("train_student.py")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert re.search("other constants or code .then, now.: train_student.py .[0-9a-f]{8}, [0-9a-f]{8}.. ", done.stderr)
+    with pytest.raises(
+        SystemExit, match="constants or code .then, now.: train_student.py .[0-9a-f]{8}, [0-9a-f]{8}.. "
+    ):
+        train_student.main()
     script.write_text("\ufeff" + text + "# another comment", encoding="utf-8")  # as an editor on Windows saves it
-    done = copy.run("train_student.py")
-    assert done.returncode == 0 and "Continuing the unfinished run after epoch 1 of 2." in done.stdout
+    train_student.main()
+    assert "Continuing the unfinished run after epoch 1 of 2." in capsys.readouterr().out
 
 
 def test_any_optimizer_is_trained_scheduled_and_resumed(tiny, monkeypatch):

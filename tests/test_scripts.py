@@ -77,13 +77,6 @@ def test_a_folder_of_images_from_another_working_directory(copy, folder, tmp_pat
     assert not (copy.folder / "checkpoints").exists() and not (copy.folder / "data").exists()
 
 
-def test_in_a_notebook_and_twice_in_a_row(copy):
-    """`import distill; distill.main()`, as in a notebook."""
-    done = copy.run("-c", "import train_teacher, distill; train_teacher.main(); distill.main(); distill.main()")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Saved ") == 3 and done.stdout.count("epoch   2/2") == 3
-
-
 def test_a_console_without_the_letters_of_a_folders_name(copy, folder):
     folder = folder.rename(folder.with_name("日本"))
     done = copy.run("train_student.py", DATASET=str(folder), PYTHONIOENCODING="ascii")
