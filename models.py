@@ -329,12 +329,12 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     if checkpoint is None:
         raise SystemExit(f"There is no {path}: run python {script} first.")
     try:
+        if checkpoint["format"] != FORMAT:
+            raise KeyError
         make = {"teacher": teacher, "student": student}[checkpoint["network"]]
         classes, widths = checkpoint["classes"], checkpoint["widths"]
         network = make(len(classes), widths) if widths else make(len(classes))
         network.load_state_dict(checkpoint["state_dict"])
-        if checkpoint["format"] != FORMAT:
-            raise KeyError
     except (KeyError, RuntimeError, TypeError):
         way_out = f"restore models.py, or run python {script} again"
         raise SystemExit(f"{path} is damaged, or holds another network than models.py makes now: {way_out}.") from None

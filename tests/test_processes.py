@@ -8,7 +8,7 @@ from conftest import same, weights
 
 import models
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # standalone: a port of its own
 LAYERS = """
 import os, signal, sys
 import torch
