@@ -27,7 +27,7 @@ HOLD_OUT = 0  # training images set aside to tune on, reported after each epoch;
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
-SYNTHETIC_IMAGES = {"train": 1500, "test": 5000}  # few to learn from, where a good teacher helps most; more to measure
+SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download is given up
 
 # First word of each random seed, so that no two uses draw the same numbers.
