@@ -14,7 +14,7 @@ import data
 import models
 
 SEED = 0  # of the initial weights, the order of the images and their views
-EPOCHS = 24  # passes over the training images
+EPOCHS = 12  # passes over the training images
 BATCH_SIZE = 125  # images per step
 LEARNING_RATE = 0.1  # at its peak
 WEIGHT_DECAY = 5e-4  # see models.Muon
