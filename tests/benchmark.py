@@ -228,10 +228,10 @@ def measure_epochs(train: data.ImageSet) -> None:
     passes = seconds(lambda: models.predict("teacher", teacher, train, mirror=True))
     epoch(distill)  # to warm up
     pairs = [(epoch(train_student), epoch(distill)) for _ in range(3)]
-    alone, with_passes = (statistics.median(times) for times in zip(*pairs))
+    alone, taught = (statistics.median(times) for times in zip(*pairs))
     row("epoch of train_student.py", alone, "s")
     row("the teacher's two passes, once for all epochs", passes, "s")
-    row("epoch of distill.py without them", with_passes - passes, "s")
+    row("epoch of distill.py, without them", taught, "s")
 
     quarter = len(train) // 4
     few = replace(train, images=train.images[:quarter], labels=train.labels[:quarter], index=train.index[:quarter])
