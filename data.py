@@ -132,7 +132,8 @@ def hold_out_positions(labels: np.ndarray, count: int) -> np.ndarray:
 
 def path_from(variable: str, constant: str) -> Path:
     """The path in an environment variable, else in the constant of that name, which is relative to this file."""
-    return Path(os.environ.get(variable) or Path(__file__).parent / Path(str(constant)).expanduser()).expanduser()
+    expand = os.path.expanduser  # unlike Path's, it leaves the name of an unknown user as it is
+    return Path(expand(os.environ.get(variable) or Path(__file__).parent / expand(str(constant))))
 
 
 def dataset_name() -> str:

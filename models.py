@@ -408,7 +408,6 @@ class Run:
         self.folder = checkpoint_dir(train.dataset)
         self.progress_path = self.folder / f"{name}.progress.pt"
         self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
-        self.bar = tqdm(disable=True)  # until the first epoch
         self.curve = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -504,6 +504,12 @@ def test_a_path_that_begins_with_the_home_folder(by, folder, tmp_path, monkeypat
     assert data.path_from("DATA_DIR", data.DATA_DIR) == folder and models.checkpoint_dir("x") == folder / "x"
 
 
+def test_a_path_with_the_name_of_an_unknown_user_is_reported_as_missing(monkeypatch):
+    monkeypatch.setenv("DATASET", "~no-such-user/images")
+    with pytest.raises(SystemExit, match="^DATASET = '~no-such-user/images' does not exist"):
+        data.load_train("cpu")
+
+
 @pytest.mark.parametrize(
     "count, message", [(191, "191 in data.py leaves no image of '"), (1000, "1000 in data.py leaves")]
 )
