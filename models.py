@@ -28,7 +28,7 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SCALE = 175.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / min(steps, 4800)^0.75 radians a step, at most
+MUON_SCALE = 175.0  # Muon's peak step turns a kernel by LEARNING_RATE * MUON_SCALE / min(steps, 4800)^0.75 radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
@@ -178,16 +178,15 @@ class Muon(torch.optim.Optimizer):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle. It falls with the number of steps, so
-    that one learning_rate suits short and long trainings: each of few must turn further. From 4,800 on it stays as it
-    is. Weight decay is for other weights than these, biases and norms. torch.optim.Muon takes matrices only.
+    changes nothing since a normalisation follows: the learning rate is an angle. To suit all lengths it falls with the
+    steps up to 4,800. Weight decay is for other weights than these, biases and norms. torch.optim.Muon takes matrices.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
         stages = [module for module in network.modules() if isinstance(module, Stage)]
         kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
         parameters = list(network.parameters())
-        angle = learning_rate * MUON_SCALE / min(steps, 4800) ** 0.75
+        angle = learning_rate * MUON_SCALE / max(1, min(steps, 4800)) ** 0.75
         groups = [
             {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": MUON_MOMENTUM, "muon": True},
             {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},
@@ -408,6 +407,7 @@ class Run:
         self.folder = checkpoint_dir(train.dataset)
         self.progress_path = self.folder / f"{name}.progress.pt"
         self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
+        self.bar = tqdm(disable=True)  # until the first epoch
         self.curve = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

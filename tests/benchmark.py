@@ -145,7 +145,6 @@ def measure_steps(name: str, make, script, train: data.ImageSet, peak: float, st
     optimizer = models.Muon(network, 1e-3, 0.0, 10**6)
     schedule = models.make_schedule(optimizer, 10**6)
     run = models.Run(name, network, optimizer, schedule, {}, train, None)
-    run.bar = models.tqdm(disable=True)  # which the first epoch would make
     fixed = next(batches(train, script))
 
     def step(images, labels):
