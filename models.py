@@ -216,13 +216,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
     By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are matrix products alone.
     """
-    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
-    wide = (wide / (wide.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
+    nearer = (matrix / (matrix.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
     for _ in range(3):
-        product = wide @ wide.mT
+        product = nearer @ nearer.mT
         inner = torch.addmm(product, product, product, beta=-4.7750, alpha=2.0315)
-        wide = torch.addmm(wide, inner, wide, beta=3.4445)
-    return (wide.mT if len(matrix) > matrix.shape[1] else wide).to(matrix.dtype)
+        nearer = torch.addmm(nearer, inner, nearer, beta=3.4445)
+    return nearer.to(matrix.dtype)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -431,8 +430,6 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
-        if "cuda_random" in progress:
-            torch.cuda.set_rng_state(progress["cuda_random"])
         self.curve = progress["curve"]
         print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.recipe['EPOCHS']}.")
 
@@ -466,8 +463,7 @@ class Run:
         if not left and all(module.training for module in self.network.modules()):  # unless some layers are frozen
             # Batch normalisation's statistics anew: after few steps the running ones still hold their first values.
             views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
-            device = self.totals.device
-            with autocast(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with autocast(self.totals.device):
                 update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
         average_over_processes(*(value for value in self.network.buffers() if value.is_floating_point()))
         if not math.isfinite(figures["loss"]) or not all(part.isfinite().all() for part in self.network.parameters()):
@@ -483,8 +479,6 @@ class Run:
         if left:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"begun_by": self.begun_by, "curve": self.curve, "random": torch.get_rng_state()}
-            if self.totals.is_cuda:
-                state["cuda_random"] = torch.cuda.get_rng_state()
             write_atomically(self.progress_path, lambda file: torch.save(state, file))
             line += f", about {math.ceil(left * taken / 60)} min left"
         self.bar.clear()

@@ -4,7 +4,8 @@
 
 Seed s of teacher, student and distilled student alike; the two students start from the same weights and see the same
 batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
-trained again, so that an interrupted series goes on where it was: delete the folders after editing a constant.
+trained again, so that an interrupted series goes on where it was. After editing a constant delete the folders, or name
+another CHECKPOINT_DIR.
 
 With HOLD_OUT in data.py above 0 the figures are those of the hold-out and no test image is read: to choose constants.
 The difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
@@ -29,6 +30,7 @@ import train_student
 import train_teacher
 
 SEEDS = range(5)
+TRAININGS = {"teacher": train_teacher, "student": train_student, "distilled": distill}
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by the count
 COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("agreement_with_teacher", 100, 2, 18))
 
@@ -38,7 +40,7 @@ def results_of(seed: int, root: Path) -> dict:
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     path = models.checkpoint_dir(data.dataset_name()) / "results.json"
     if not path.is_file():
-        for name, script in zip(models.SCRIPTS, (train_teacher, train_student, distill)):
+        for name, script in TRAININGS.items():
             if not (path.parent / f"{name}.pt").is_file():
                 script.SEED = seed
                 script.main()
@@ -58,10 +60,9 @@ def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tens
     return torch.stack(figures)
 
 
-def recipes_of(run: dict) -> list[dict]:
-    """The recipes of one seed's networks, but for what the seed itself changes."""
-    recipes = [run["models"][name]["recipe"] for name in models.SCRIPTS]
-    return [{key: value for key, value in recipe.items() if key not in ("SEED", "teacher")} for recipe in recipes]
+def without_seed(recipe: dict) -> dict:
+    """The recipe but for what the seed changes."""
+    return {key: value for key, value in recipe.items() if key not in ("SEED", "teacher")}
 
 
 def print_gap_closed(start: str, gains: torch.Tensor, gaps: torch.Tensor, quantile: float) -> None:
@@ -79,13 +80,16 @@ def main() -> None:
         raise SystemExit(f"SEEDS in tests/seeds.py must be from {min(T_95)} to {max(T_95)} seeds, not {len(SEEDS)}.")
     if data.HOLD_OUT:
         data.load_test = lambda device: data.load_train(device)[1]
-    root = models.checkpoint_dir("")
-    runs = []
+    root, device = models.checkpoint_dir(""), models.setup()
+    now = [without_seed(models.make_recipe(vars(script), device)) for script in TRAININGS.values()]
+    runs, recipes = [], []
     for seed in SEEDS:
         runs.append(results_of(seed, root))
-        recipes = recipes_of(runs[-1])  # of teacher, student, distilled; a teacher from elsewhere has none
-        if recipes != recipes_of(runs[0]) or recipes[1]["HOLD_OUT"] != data.HOLD_OUT:  # before hours are lost
-            raise SystemExit(f"The seeds in {root} were not trained with the same constants: delete those folders.")
+        recipes.append([without_seed(runs[-1]["models"][name]["recipe"]) for name in TRAININGS])
+        pairs = zip(recipes[-1], now)  # a teacher from elsewhere has an empty recipe
+        edited = any(recipe and not recipe.items() >= constants.items() for recipe, constants in pairs)
+        if edited or recipes[-1] != recipes[0]:  # before hours are lost
+            raise SystemExit(f"Seeds in {root} were trained with other constants than now: delete those folders.")
     first = runs[0]
     split = "hold-out" if data.HOLD_OUT else "test"
     print(f"\n{first['dataset']}, {first['test_images']:,} {split} images, {len(runs)} seeds, torch {first['torch']}\n")
@@ -108,7 +112,7 @@ def main() -> None:
         torch.tensor([100 * run["models"][name]["accuracy"] for run in runs]) for name in models.SCRIPTS
     )
     print_gap_closed("gap closed", distilled - student, teacher - student, T_95[len(SEEDS)])
-    images = data.load_test(models.setup())
+    images = data.load_test(device)
     by_seed = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS])
     teacher, student, distilled = by_seed.mean(0).double()
     gains = distilled - student

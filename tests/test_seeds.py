@@ -112,7 +112,14 @@ def test_too_few_or_too_many_seeds_are_named(count, series, monkeypatch):
 def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
     seeds.results_of(1, tiny.parent)
     monkeypatch.setattr(distill, "KD_WEIGHT", 0.5)
-    with pytest.raises(SystemExit, match="not trained with the same constants"):
+    with pytest.raises(SystemExit, match="were trained with other constants than now"):
+        series()  # seed 0 with the new weight, seed 1 with the old one
+
+
+def test_the_figures_of_other_constants_are_not_printed_again(series, monkeypatch):
+    series()
+    monkeypatch.setattr(train_student, "EPOCHS", train_student.EPOCHS + 1)
+    with pytest.raises(SystemExit, match="were trained with other constants than now"):
         series()
 
 
@@ -120,5 +127,5 @@ def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, m
     series()
     monkeypatch.setattr(data, "HOLD_OUT", 40)
     monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
-    with pytest.raises(SystemExit, match="not trained with the same constants"):
+    with pytest.raises(SystemExit, match="were trained with other constants than now"):
         series()
