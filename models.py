@@ -28,7 +28,7 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SCALE = 175.0  # Muon's peak step turns a kernel by LEARNING_RATE * MUON_SCALE / min(steps, 4800)^0.75 radians
+MUON_SCALE = 175.0  # Muon's peak step turns a kernel by some LEARNING_RATE * MUON_SCALE / min(steps, 4800)^0.75 radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
@@ -38,14 +38,14 @@ SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distil
 FORMAT = 2  # of checkpoints, which hold tensors and plain values only; networks of format 1 took normalised images
 
 
-def teacher(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
-    """The high-capacity network; widths are given when it is rebuilt from a checkpoint."""
-    return ConvNet(classes, widths or TEACHER_WIDTHS)
+def teacher(classes: int) -> nn.Module:
+    """The high-capacity network."""
+    return ConvNet(classes, TEACHER_WIDTHS)
 
 
-def student(classes: int, widths: tuple[int, ...] | None = None) -> nn.Module:
+def student(classes: int) -> nn.Module:
     """The lightweight network, the same whether it learns alone or from a teacher."""
-    return ConvNet(classes, widths or STUDENT_WIDTHS)
+    return ConvNet(classes, STUDENT_WIDTHS)
 
 
 class ConvNet(nn.Module):
@@ -99,7 +99,7 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
         check_logits(make(classes), classes, source, training=True)
     network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
-        for parameter in network.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda parameter: average_over_processes(parameter.grad))
     return network
 
@@ -173,13 +173,13 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum; for a `Stage`'s kernels Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle. To suit all lengths it falls with the
-    steps up to 4,800. Weight decay is for other weights than these, biases and norms. torch.optim.Muon takes matrices.
+    changes nothing since a normalisation follows: the learning rate is an angle, the smaller the more steps there are,
+    up to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
@@ -188,27 +188,22 @@ class Muon(torch.optim.Optimizer):
         parameters = list(network.parameters())
         angle = learning_rate * MUON_SCALE / max(1, min(steps, 4800)) ** 0.75
         groups = [
-            {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": MUON_MOMENTUM, "muon": True},
+            {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": 0.0, "nesterov": False},
             {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p not in kernels and p.ndim <= 1]},
         ]
-        super().__init__(groups, {"lr": learning_rate, "momentum": MOMENTUM, "weight_decay": 0.0, "muon": False})
+        super().__init__(groups, learning_rate, momentum=MOMENTUM, nesterov=True)
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient, state = parameter.grad.add(parameter, alpha=group["weight_decay"]), self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                step = gradient.add(state["momentum_buffer"], alpha=group["momentum"])
-                if group["muon"]:
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp(min=1e-7))
-                    step = orthogonalise(step.flatten(1)).view_as(step)
-                parameter.sub_(step, alpha=group["lr"])
+        for kernel in self.param_groups[0]["params"]:
+            if kernel.grad is not None:
+                momentum = self.state[kernel].setdefault("muon_momentum", torch.zeros_like(kernel))
+                momentum.mul_(MUON_MOMENTUM).add_(kernel.grad)
+                step = kernel.grad.add(momentum, alpha=MUON_MOMENTUM)
+                kernel.grad = orthogonalise(step.flatten(1)).view_as(step)
+                kernel.mul_(len(kernel) ** 0.5 / kernel.norm().clamp(min=1e-7))
+        super().step()
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -331,7 +326,9 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
             raise KeyError
         make = {"teacher": teacher, "student": student}[checkpoint["network"]]
         classes, widths = checkpoint["classes"], checkpoint["widths"]
-        network = make(len(classes), widths) if widths else make(len(classes))
+        network = make(len(classes))
+        if widths and not (isinstance(network, ConvNet) and network.widths == widths):  # edited since
+            network = ConvNet(len(classes), widths)
         network.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError, TypeError):
         way_out = f"restore models.py, or run python {script} again"
@@ -341,7 +338,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
     if split and split.fingerprint not in ("", checkpoint["fingerprint"]):
         print(f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}.")
-        print(f"It may have been trained on hold-out images: run python {script} again.")
+        print(f"It may have been trained on hold-out images: train it again (python {script}), or save it again.")
     device = split.labels.device if split else "cpu"
     return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
 

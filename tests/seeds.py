@@ -7,7 +7,8 @@ batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<
 trained again, so that an interrupted series goes on where it was. After editing a constant delete the folders, or name
 another CHECKPOINT_DIR.
 
-With HOLD_OUT in data.py above 0 the figures are those of the hold-out and no test image is read: to choose constants.
+With HOLD_OUT in data.py above 0 the figures are those of the hold-out, which evaluate.py then calls test images, and no
+test image is read: to choose constants.
 The difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
 """
 
@@ -78,6 +79,8 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 def main() -> None:
     if len(SEEDS) not in T_95:
         raise SystemExit(f"SEEDS in tests/seeds.py must be from {min(T_95)} to {max(T_95)} seeds, not {len(SEEDS)}.")
+    if data.WORLD_SIZE > 1:
+        raise SystemExit("tests/seeds.py runs as one process: start it with python, not with torchrun.")
     if data.HOLD_OUT:
         data.load_test = lambda device: data.load_train(device)[1]
     root, device = models.checkpoint_dir(""), models.setup()

@@ -108,8 +108,7 @@ def test_muon_is_for_this_projects_kernels_alone():
     assert all(torch.allclose(value, before[name], atol=1e-5) for name, value in own.state_dict().items())
     assert not any(torch.equal(parameter, before[name]) for name, parameter in own.named_parameters())
     student = models.student(10)
-    groups = models.Muon(student, 0.1, 0.01, 10).param_groups
-    muon = {id(kernel) for group in groups if group["muon"] for kernel in group["params"]}
+    muon = {id(kernel) for kernel in models.Muon(student, 0.1, 0.01, 10).param_groups[0]["params"]}
     for name, parameter in student.named_parameters():
         assert (id(parameter) in muon) == ("stages" in name and parameter.ndim == 4), name
 
@@ -222,8 +221,8 @@ def with_weight_norm(classes):
     return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3072, classes)))
 
 
-def with_weight_norm_in_a_stage(classes, widths=None):
-    network = models.ConvNet(classes, widths or models.STUDENT_WIDTHS)
+def with_weight_norm_in_a_stage(classes):
+    network = models.ConvNet(classes, models.STUDENT_WIDTHS)
     nn.utils.parametrizations.weight_norm(network.stages[0].conv1)  # whose weight is no parameter any more
     return network
 
@@ -299,7 +298,7 @@ def test_an_interrupted_run_ends_in_the_same_weights(script, tiny, monkeypatch, 
     assert not list(tiny.glob("*.progress.pt"))
 
 
-def with_one_more_parameter(classes, widths=None):
+def with_one_more_parameter(classes):
     network = models.ConvNet(classes, models.STUDENT_WIDTHS)  # looks the same when it is printed
     network.unused = nn.Parameter(torch.ones(3))
     return network

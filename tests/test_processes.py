@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 import data, distill, models, train_student, train_teacher
 
-def plain(classes, widths=None):  # without batch normalisation, which each process would do on its own share
+def plain(classes):  # without batch normalisation, which each process would do on its own share
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, stride=2), torch.nn.ReLU(),
         torch.nn.Flatten(), torch.nn.Linear(392, classes))
     network.unused = torch.nn.Parameter(torch.ones(3))
+    network.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     return network
 """
 GRADIENTS = """

@@ -85,7 +85,7 @@ def correct_by_image(root):
     for seed in range(2):
         for name, rows in correct.items():
             content = models.load_if_there(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
-            network = getattr(models, content["network"])(10, content["widths"])
+            network = models.ConvNet(10, content["widths"])
             network.load_state_dict(content["state_dict"])
             logits = models.predict(name, network, test)
             rows.append((logits.argmax(1) == test.labels).double().numpy())
