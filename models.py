@@ -28,7 +28,7 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SCALE = 175.0  # Muon's peak step turns a kernel by some LEARNING_RATE * MUON_SCALE / min(steps, 4800)^0.75 radians
+MUON_SCALE = 175.0  # Muon's peak step turns a kernel by about LEARNING_RATE * MUON_SCALE / steps^0.75 radians
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
@@ -178,15 +178,15 @@ class Muon(torch.optim.SGD):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle, the smaller the more steps there are,
-    up to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
+    changes nothing since a normalisation follows: the learning rate is an angle: the more steps, the smaller, from
+    288 steps to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
         stages = [module for module in network.modules() if isinstance(module, Stage)]
         kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
         parameters = list(network.parameters())
-        angle = learning_rate * MUON_SCALE / max(1, min(steps, 4800)) ** 0.75
+        angle = learning_rate * MUON_SCALE / max(288, min(steps, 4800)) ** 0.75
         groups = [
             {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": 0.0, "nesterov": False},
             {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},

@@ -72,12 +72,14 @@ def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
     images = torch.randn(8, 5, 4, 4)
     network(images)
     other = deepcopy(network)
-    muon = models.Muon(network, 0.1, 0.01, 10)
+    muon = models.Muon(network, 0.1, 0.01, 1000)
     sgd = torch.optim.SGD(other[2].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
     angle, sgd.param_groups[0]["lr"] = (group["lr"] for group in muon.param_groups[:2])
-    assert angle == pytest.approx(sgd.param_groups[0]["lr"] * models.MUON_SCALE / 10**0.75)
-    longer, longest = (models.Muon(network, 0.1, 0.01, steps).param_groups[0]["lr"] for steps in (4800, 48000))
-    assert longer == longest < angle  # long trainings turn at one angle
+    assert angle == pytest.approx(sgd.param_groups[0]["lr"] * models.MUON_SCALE / 1000**0.75)
+    shortest, short, long, longest = (
+        models.Muon(network, 0.1, 0.01, steps).param_groups[0]["lr"] for steps in (1, 288, 4800, 48000)
+    )
+    assert shortest == short > angle > long == longest  # very short and very long trainings turn at one angle each
     kernel, momentum = network[0].conv1.weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
         for model in (network, other):
