@@ -178,7 +178,7 @@ class Muon(torch.optim.SGD):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle: the more steps, the smaller, from
+    changes nothing since a normalisation follows: the learning rate is an angle. The more steps, the smaller it is, from
     288 steps to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
@@ -327,7 +327,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         make = {"teacher": teacher, "student": student}[checkpoint["network"]]
         classes, widths = checkpoint["classes"], checkpoint["widths"]
         network = make(len(classes))
-        if widths and not (isinstance(network, ConvNet) and network.widths == widths):  # edited since
+        if widths and not (isinstance(network, ConvNet) and network.widths == widths):  # models.py was edited since
             network = ConvNet(len(classes), widths)
         network.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError, TypeError):
