@@ -178,8 +178,8 @@ class Muon(torch.optim.SGD):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle. The more steps, the smaller it is, from
-    288 steps to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
+    changes nothing since a normalisation follows: the learning rate is an angle. It is smaller the more steps there are,
+    from 288 to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
