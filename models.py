@@ -99,8 +99,9 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
         check_logits(make(classes), classes, source, training=True)
     network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
-        for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
-            parameter.register_post_accumulate_grad_hook(lambda parameter: average_over_processes(parameter.grad))
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: average_over_processes(parameter.grad))
     return network
 
 
@@ -198,9 +199,11 @@ class Muon(torch.optim.SGD):
     def step(self) -> None:
         for kernel in self.param_groups[0]["params"]:
             if kernel.grad is not None:
-                momentum = self.state[kernel].setdefault("muon_momentum", torch.zeros_like(kernel))
-                momentum.mul_(MUON_MOMENTUM).add_(kernel.grad)
-                step = kernel.grad.add(momentum, alpha=MUON_MOMENTUM)
+                state = self.state[kernel]
+                if "muon_momentum" not in state:
+                    state["muon_momentum"] = torch.zeros_like(kernel)
+                state["muon_momentum"].mul_(MUON_MOMENTUM).add_(kernel.grad)
+                step = kernel.grad.add(state["muon_momentum"], alpha=MUON_MOMENTUM)
                 kernel.grad = orthogonalise(step.flatten(1)).view_as(step)
                 kernel.mul_(len(kernel) ** 0.5 / kernel.norm().clamp(min=1e-7))
         super().step()

@@ -109,6 +109,12 @@ def test_too_few_or_too_many_seeds_are_named(count, series, monkeypatch):
         series()
 
 
+def test_a_series_under_torchrun_is_refused(series, monkeypatch):
+    monkeypatch.setattr(data, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit, match="^tests/seeds.py runs as one process"):
+        series()
+
+
 def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
     seeds.results_of(1, tiny.parent)
     monkeypatch.setattr(distill, "KD_WEIGHT", 0.5)
