@@ -247,7 +247,7 @@ def measure_start() -> None:
         for _ in range(1 if script == "evaluate" else 3):
             started = subprocess.run(
                 [sys.executable, "-c", START.format(script=script)],
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
                 capture_output=True,
                 encoding="utf-8",
                 check=True,
