@@ -37,7 +37,9 @@ DEVICE = models.setup()
 START = """
 import time
 started = time.time()
-import atexit, resource, sys, torch, models, {script}
+import sys
+sys.path.insert(0, {root!r})
+import atexit, resource, torch, models, {script}
 update, steps = models.Run.update, []
 def counted(run, *arguments):
     update(run, *arguments)
@@ -246,8 +248,7 @@ def measure_start() -> None:
         taken, memory = [], 0.0
         for _ in range(1 if script == "evaluate" else 3):
             started = subprocess.run(
-                [sys.executable, "-c", START.format(script=script)],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                [sys.executable, "-c", START.format(script=script, root=str(ROOT))],
                 capture_output=True,
                 encoding="utf-8",
                 check=True,

@@ -1,7 +1,6 @@
 """The README's own code, as it stands there."""
 
 import re
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -27,15 +26,14 @@ def code_under(heading, number=0):
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
 
 
+@pytest.mark.filterwarnings("error", "ignore:The given buffer is not writable")  # torch 2.11's own, in export.load
 def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     train_teacher.main()
     distill.main()
     to_pil_image(torch.rand(3, 50, 70)).save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exec(code_under("Use the student"), {})
+    exec(code_under("Use the student"), {})
     lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
     shares = [float(share) for share, _ in lines]
     assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
