@@ -9,7 +9,6 @@ import glob
 import hashlib
 import math
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,14 @@ SHIFT = 2  # pixels by which a view may be moved up, down, left and right
 
 SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
 SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer after which a download is given up
 
 # First word of each random seed, so that no two uses draw the same numbers.
-ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING = range(1, 6)
+ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING, CHOOSING, TRAINING = range(1, 8)
 
 # This process's number, and how many processes there are; torchrun sets both.
 LAUNCHED = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-RANK, WORLD_SIZE = (int(os.environ[name]) if LAUNCHED else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # tqdm's: None shows it on a terminal only
 
 
@@ -99,7 +98,8 @@ def batches(
         if epoch is None:
             images = split.images[positions]
         else:
-            images = split.images[positions[:, None, None], rows[positions, :, None], columns[positions, None, :]]
+            image, row, column = positions[:, None, None], rows[positions][:, :, None], columns[positions][:, None, :]
+            images = split.images[image, row, column]  # each pixel of each view: [B, 32, 32, 3]
         yield images.permute(0, 3, 1, 2) / 255, split.labels[positions], positions
 
 
@@ -111,9 +111,9 @@ def batch_count(images: int, batch_size: int) -> int:
 def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
     """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, 32] each.
 
-    Each image is shifted by up to SHIFT pixels, mirroring what is beyond its edges, and mirrored in every second epoch,
-    so that two epochs show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries of image i are the
-    same whatever the count.
+    Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. It is mirrored in every
+    second epoch, so that two epochs show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries of
+    image i are the same whatever the count.
     """
     shifts = np.random.default_rng([SHIFTS, seed, epoch]).integers(-SHIFT, SHIFT + 1, (count, 2, 1))
     pixels = np.abs(np.arange(SIZE) + shifts)  # -1 is 1
@@ -167,15 +167,11 @@ def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
     folder = path_from("DATA_DIR", DATA_DIR)
     if RANK > 0:
         torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         loaded = CIFAR10(folder, train=split == "train", download=True)
     except Exception as error:  # no network, no disk, a damaged archive: nearly anything
         way_out = f"put an undamaged {CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic"
         raise SystemExit(f"No CIFAR-10 in {folder} (DATA_DIR), and no download ({error}): {way_out}.") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
     if RANK == 0 and WORLD_SIZE > 1:
         torch.distributed.barrier()
     return loaded.data, loaded.targets, loaded.classes

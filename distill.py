@@ -55,6 +55,8 @@ def main() -> None:
     schedule = models.make_schedule(optimizer, steps)
     run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
     teacher_logits = models.predict("teacher", teacher, train, mirror=True)  # one answer per image, not per view
+    right = models.accuracy(teacher_logits, train.labels)
+    print(f"teacher: {models.parameter_count(teacher):,} parameters, right on {right:.2%} of the training images")
 
     for epoch in run.epochs():
         for images, labels, positions in data.batches(train, BATCH_SIZE, epoch, SEED):

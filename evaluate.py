@@ -100,7 +100,7 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
         "loss": F.cross_entropy(logits, labels).item(),
         "ece": calibration_error(logits, labels),
         "agreement_with_teacher": None,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": models.parameter_count(network),
         "macs": multiply_accumulates(network, batch[:1]),
         "images_per_second": images_per_second(network, batch),
         "fingerprint": data.fingerprint(*network.state_dict().values()),
@@ -135,9 +135,17 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
             gap = f"the gap of {100 * gaps.mean():.2f} points to the teacher"
             sentences.append(f"Distillation closed {share:.0%} ({low:.0%} to {high:.0%}) of {gap}.")
     recipe, distilled_recipe = (figures[name]["recipe"] for name in ("student", "distilled"))
-    differing = models.differences(recipe, {name: distilled_recipe.get(name) for name in recipe})
+    constants = {name: value for name, value in recipe.items() if not name.endswith(".py")}  # not the hashes of code
+    differing = models.differences(constants, {name: distilled_recipe.get(name) for name in constants})
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
+    for file in ("models.py", "data.py"):
+        if recipe.get(file) != distilled_recipe.get(file):
+            sentences.append(f"Perhaps not a fair comparison: {file} was edited between the two trainings.")
+    for name, script in models.SCRIPTS.items():
+        hashes = figures[name]["recipe"] if name in figures else {}
+        if script in hashes and hashes[script] != models.code_hash(script, hashes):
+            sentences.append(f"{name}.pt was trained by another {script} than this one.")
     if "teacher" in figures and distilled_recipe.get("teacher") != figures["teacher"]["fingerprint"]:
         sentences.append("distilled.pt was distilled from another teacher than teacher.pt: run python distill.py.")
     return results, sentences

@@ -6,14 +6,19 @@ Anything that maps images [B, 3, 32, 32], 0 to 1, to logits [B, classes] can be 
 import ast
 import contextlib
 import datetime
+import glob
 import itertools
+import json
 import math
 import os
+import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,14 +33,17 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SCALE = 175.0  # Muon's peak step turns a kernel by about LEARNING_RATE * MUON_SCALE / steps^0.75 radians
+MUON_SCALE = 175.0  # Muon's peak step turns a kernel by LEARNING_RATE * MUON_SCALE / steps^MUON_POWER radians
+MUON_POWER = 0.75  # so the angle falls with the number of steps, which EPOCHS and BATCH_SIZE decide,
+MUON_STEPS = (288, 4800)  # between these two; measured there, see tests/experiments.md
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
 
 PREDICTION_BATCH = {"cuda": 2000, "cpu": 125}  # images: what fills a GPU, what fits a CPU's cache
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
-FORMAT = 2  # of checkpoints, which hold tensors and plain values only; networks of format 1 took normalised images
+FORMAT = 3  # of checkpoints, which hold tensors and plain values only
+TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moves them by 1e-6, an edit by 3e-3
 
 
 def teacher(classes: int) -> nn.Module:
@@ -51,13 +59,11 @@ def student(classes: int) -> nn.Module:
 class ConvNet(nn.Module):
     """Maps images [B, 3, 32, 32], 0 to 1, to logits [B, classes], in the shape of airbench94 (Jordan 2024,
     arXiv:2404.00498): a 2x2 convolution, stages of two 3x3 convolutions, global max pooling, a linear layer.
+    widths: channels of the first convolution, then of each stage.
     """
 
     def __init__(self, classes: int, widths: tuple[int, ...]):
         super().__init__()
-        if not (isinstance(widths, tuple) and 2 <= len(widths) <= 4 and all(type(w) is int and w > 0 for w in widths)):
-            raise SystemExit(f"Widths in models.py must be tuples of 2 to 4 whole numbers of at least 1, not {widths}.")
-        self.widths = widths  # a checkpoint keeps them, to rebuild the network
         self.stem = nn.Conv2d(3, widths[0], kernel_size=2)
         self.stages = nn.Sequential(*(Stage(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
@@ -88,15 +94,19 @@ class Stage(nn.Module):
 def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
-    Under torchrun hooks average each gradient over all processes, whose shares of a batch weigh the same. Unlike
-    DistributedDataParallel they leave no wrapper that a script could forget to call.
+    Another one, made for that only, shows before whether it gives logits and can be trained. Under torchrun hooks
+    average each gradient over all processes, whose shares of a batch weigh the same. Unlike DistributedDataParallel
+    they leave no wrapper that a script could forget to call.
     """
-    torch.manual_seed(seed)
     classes, source = len(train.classes), f"{make.__name__}() in models.py"
-    network = make(classes)
-    check_logits(network, classes, source)  # which also gives lazy layers their shapes
-    with torch.random.fork_rng([]):
-        check_logits(make(classes), classes, source, training=True)
+    with named_in_errors(source):
+        tried = make(classes)
+        check_logits(tried, classes, source)
+        check_logits(tried, classes, source, training=True).sum().backward()  # an error where all is frozen
+        seed_random_numbers(seed)
+        network = make(classes)
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters()):
+            check_logits(network, classes, source)  # gives lazy layers their shapes
     network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
         for parameter in network.parameters():
@@ -105,16 +115,35 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
     return network
 
 
-def check_logits(network: nn.Module, classes: int, source: str, training: bool = False) -> None:
-    """Ends the script with one sentence about `source` unless the network, put into that mode, returns logits."""
-    logits = None
-    if isinstance(network, nn.Module):
-        with torch.no_grad():
-            images = torch.zeros(2, 3, data.SIZE, data.SIZE, device=next(network.parameters(), torch.empty(0)).device)
-            logits = network.train(training)(images)
+def check_logits(network: nn.Module, classes: int, source: str, training: bool = False) -> Tensor:
+    """The network's logits [2, classes] for two fixed pictures of random colours, in float32 on the CPU.
+
+    Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
+    """
+    blocks = np.random.default_rng(0).random((2, 3, data.SIZE // 8, data.SIZE // 8), dtype=np.float32)
+    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3))
+    logits = network.train(training)(pictures) if isinstance(network, nn.Module) else None
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise SystemExit(f"{source} must map images [2, 3, 32, 32] to logits [2, {classes}], not to {found}.")
+        wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
+        raise SystemExit(f"{source} {wanted}, not to {found}.")
+    return logits
+
+
+@contextlib.contextmanager
+def named_in_errors(source: str) -> Iterator[None]:
+    """Adds a sentence to whatever error is raised inside, which keeps its traceback: that it came from `source`."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{source} makes a network that fails as shown above.") from error
+
+
+def seed_random_numbers(seed: int) -> None:
+    """Seeds the generators of torch, on all devices, of Python and of numpy (whose seeds have 32 bits)."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def setup() -> torch.device:
@@ -124,10 +153,7 @@ def setup() -> torch.device:
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise SystemExit(f"torchrun must start one process per GPU, {torch.cuda.device_count()} at most here.")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
@@ -179,15 +205,17 @@ class Muon(torch.optim.SGD):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
     that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle. It is smaller the more steps there are,
-    from 288 to 4,800. These kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
+    changes nothing since a normalisation follows: the learning rate is an angle. At LEARNING_RATE = 0.1 it is 0.25
+    radians in trainings of 288 steps or fewer and 0.03 in those of 4,800 or more, so EPOCHS changes it too. These
+    kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
         stages = [module for module in network.modules() if isinstance(module, Stage)]
         kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
         parameters = list(network.parameters())
-        angle = learning_rate * MUON_SCALE / max(288, min(steps, 4800)) ** 0.75
+        fewest, most = MUON_STEPS
+        angle = learning_rate * MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER
         groups = [
             {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": 0.0, "nesterov": False},
             {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},
@@ -210,7 +238,8 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The matrix [M, N] with the singular vectors of `matrix` and with singular values near 1.
+    """The matrix [M, N] with the singular vectors of `matrix`, and with singular values of 0.3 to 1.3 where those of
+    `matrix` are within a factor of ten of each other; much smaller ones stay smaller.
 
     By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are matrix products alone.
     """
@@ -253,6 +282,11 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
     return whole
 
 
+def parameter_count(network: nn.Module) -> int:
+    """How many numbers the network learns."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows of logits [N, classes] whose largest entry is at the label [N]."""
     return (logits.argmax(1) == labels).sum().item() / len(labels)
@@ -286,7 +320,7 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 
 def load_if_there(path: Path) -> dict | None:
-    """What torch.save wrote to path, on the CPU; None where there is no file, {} where it is damaged."""
+    """What torch.save wrote to path, on the CPU; None where there is no file, {} where it cannot be read."""
     if not path.exists():
         return None
     try:
@@ -298,52 +332,70 @@ def load_if_there(path: Path) -> dict | None:
     return content if isinstance(content, dict) else {}
 
 
+@torch.no_grad()
 def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()) -> None:
-    """Saves all that it takes to rebuild the network and to know what it was trained on and how. curve: see `Run`."""
-    check_logits(network, len(train.classes), f"The network of {name}.pt")
+    """Saves the network's weights and answers, and what it was trained on and how. curve: see `Run`."""
+    network.cpu()  # any machine can load it then
+    first, second = (check_logits(network, len(train.classes), f"The network of {name}.pt") for _ in range(2))
     content = {
         "format": FORMAT,
         "network": "teacher" if name == "teacher" else "student",
-        "widths": network.widths if isinstance(network, ConvNet) else None,
-        "state_dict": {key: value.cpu() for key, value in network.state_dict().items()},  # any machine can load it
+        "state_dict": network.state_dict(),
+        "answers": first if torch.equal(first, second) else None,  # a random network cannot be asked
         "dataset": train.dataset,
-        "fingerprint": train.fingerprint,
         "classes": list(train.classes),
-        "recipe": recipe,
+        "recipe": {"images": train.fingerprint} | plain(recipe),
         "curve": list(curve),
     }
+    network.to(train.labels.device)
     write_atomically(checkpoint_dir(train.dataset) / f"{name}.pt", lambda file: torch.save(content, file))
 
 
+@torch.no_grad()
 def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> tuple[nn.Module, dict]:
     """The trained network of that name in eval mode, on the split's device or the CPU, and all its checkpoint says.
 
-    Ends the script with one sentence where there is none, or one of other classes than the split's.
+    dataset: the name of the checkpoints' folder. Ends the script with one sentence where there is no checkpoint, one of
+    other classes than the split's, one that does not answer as it did when it was saved, or, with a hold-out, one that
+    was trained on other images than are trained on now.
     """
     path, script = checkpoint_dir(dataset) / f"{name}.pt", SCRIPTS[name]
     checkpoint = load_if_there(path)
     if checkpoint is None:
-        raise SystemExit(f"There is no {path}: run python {script} first.")
+        moved = moved_from(path.parent, split.fingerprint) if split else ""
+        raise SystemExit(f"There is no {path}: run python {script} first.{moved}")
+    if checkpoint.get("format") != FORMAT:
+        what = "is of another version of models.py" if checkpoint else "is damaged"
+        raise SystemExit(f"{path} {what}: run python {script} again.")
+    kind, classes, saved = (checkpoint[key] for key in ("network", "classes", "answers"))
+    with named_in_errors(f"{kind}() in models.py"):
+        network = {"teacher": teacher, "student": student}[kind](len(classes))
+    way_out = f"undo the edit, or run python {script} again"
+    edited = f"{kind}() in models.py makes another network than {path} holds: {way_out}."
     try:
-        if checkpoint["format"] != FORMAT:
-            raise KeyError
-        make = {"teacher": teacher, "student": student}[checkpoint["network"]]
-        classes, widths = checkpoint["classes"], checkpoint["widths"]
-        network = make(len(classes))
-        if widths and not (isinstance(network, ConvNet) and network.widths == widths):  # models.py was edited since
-            network = ConvNet(len(classes), widths)
         network.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError, TypeError):
-        way_out = f"restore models.py, or run python {script} again"
-        raise SystemExit(f"{path} is damaged, or holds another network than models.py makes now: {way_out}.") from None
-    check_logits(network, len(classes), f"The network of {path}")
+    except RuntimeError:  # other names or shapes
+        raise SystemExit(edited) from None
+    answers = check_logits(network, len(classes), f"The network of {path}")
+    if saved is not None and not (answers - saved).abs().max() <= TOLERANCE * saved.abs().max():
+        raise SystemExit(edited)
     if split and tuple(classes) != split.classes:
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
-    if split and split.fingerprint not in ("", checkpoint["fingerprint"]):
-        print(f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}.")
-        print(f"It may have been trained on hold-out images: train it again (python {script}), or save it again.")
-    device = split.labels.device if split else "cpu"
-    return network.to(device, memory_format=torch.channels_last).eval(), checkpoint
+    if split and split.fingerprint not in ("", checkpoint["recipe"]["images"]):
+        message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
+        if data.HOLD_OUT:
+            raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
+        print(f"{message}.")
+    return network.to(split.labels.device if split else "cpu", memory_format=torch.channels_last), checkpoint
+
+
+def moved_from(folder: Path, fingerprint: str) -> str:
+    """A sentence about checkpoints of the same training images, whose folder was elsewhere then; "" without any."""
+    name = glob.escape(folder.name.rpartition("-")[0])
+    for path in folder.parent.glob(f"{name}-*/*.pt"):
+        if path.parent != folder and (load_if_there(path) or {}).get("recipe", {}).get("images") == fingerprint:
+            return f" {path.parent} holds networks of the same images: to go on with them, rename it to {folder.name}."
+    return ""
 
 
 LIMITS = {  # constant: type, least, most
@@ -358,32 +410,58 @@ LIMITS = {  # constant: type, least, most
     "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
     "KD_WEIGHT": (float, 0, 1),
 }
-NOT_IN_RECIPE = ("DATASET", "SYNTHETIC_IMAGES", "TEACHER_WIDTHS", "STUDENT_WIDTHS")  # `Run` adds "images" and "layers"
-NOT_IN_RECIPE += ("DATA_DIR", "CHECKPOINT_DIR", "DOWNLOAD_TIMEOUT", "PREDICTION_BATCH", "BAR", "LAUNCHED", "RANK")
-NOT_IN_RECIPE += ("SCRIPTS", "FORMAT", "LIMITS", "NOT_IN_RECIPE")  # these and the line above do not change a training
+NOT_IN_RECIPE = (  # constants that change no training, or that "images" and "layers" stand for, which `Run` adds
+    *("DATASET", "DATA_DIR", "SYNTHETIC_IMAGES", "LAUNCHED", "RANK", "BAR"),
+    *("TEACHER_WIDTHS", "STUDENT_WIDTHS", "CHECKPOINT_DIR", "PREDICTION_BATCH", "SCRIPTS", "FORMAT", "TOLERANCE"),
+    *("LIMITS", "NOT_IN_RECIPE"),
+)
 
 
 def make_recipe(constants: dict, device: torch.device) -> dict:
-    """What decides how a network is trained: the constants of its script, whose globals() are given, those of data.py
-    and models.py, and the precision. Ends the script with one sentence where a number is out of its limits."""
+    """What decides how a network is trained: the precision, the constants of its script, whose globals() are given, of
+    data.py and of models.py, and a hash of the code of these files. Ends the script with one sentence where a number is
+    out of its limits."""
     recipe = {"precision": str(precision(device)).removeprefix("torch.")}
-    for names in (vars(data), globals(), constants):
-        for name, value in names.items():
-            if name in LIMITS:
-                kind, low, high = LIMITS[name]
-                if type(value) not in (int, kind) or not low <= value <= high:
-                    wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
-                    raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {low} to {high}.")
-            plain = value is None or isinstance(value, (int, float, str, tuple, list, dict))
-            if name.isupper() and plain and name not in NOT_IN_RECIPE:
-                finite = type(value) is float and math.isfinite(value)
-                recipe[name] = value if finite or type(value) in (bool, int, str) else repr(value)
-    return recipe
+    files = [vars(data), globals(), constants]
+    for names in files:
+        for name in LIMITS.keys() & names.keys():
+            kind, low, high = LIMITS[name]
+            if type(names[name]) not in (int, kind) or not low <= names[name] <= high:
+                wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
+                raise SystemExit(f"{name} = {names[name]!r} in {file} must be {wanted} from {low} to {high}.")
+        recipe |= plain({name: names[name] for name in names if name.isupper() and name not in NOT_IN_RECIPE})
+    return recipe | {Path(names["__file__"]).name: code_hash(names["__file__"], recipe) for names in files}
+
+
+def plain(values: dict) -> dict:
+    """The entries that JSON can hold, as it gives them back: numbers, strings, None, lists, dictionaries of these."""
+    kept = {}
+    for name, value in values.items():
+        with contextlib.suppress(TypeError, ValueError):
+            kept[name] = json.loads(json.dumps(value), parse_constant=str)  # a string for infinity, which JSON has not
+    return kept
+
+
+def code_hash(file: str, recipe: dict) -> str:
+    """8 hexadecimal digits of what the code in a file says, the same under every version of Python.
+
+    Comments, docstrings and assignments of constants that the recipe holds, or NOT_IN_RECIPE names, do not count.
+    """
+    tree, left_out = ast.parse((Path(__file__).parent / file).read_bytes()), {*recipe, *NOT_IN_RECIPE}
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [part for part in node.body if not re.match(r"Expr\(value=Constant\(", ast.dump(part))]
+    for node in tree.body[:]:
+        if isinstance(node, ast.Assign) and {getattr(target, "id", None) for target in node.targets} <= left_out:
+            tree.body.remove(node)
+    said = re.sub(r"\w+=(\[\]|Load\(\))|[ ,]", "", ast.dump(tree))  # Python 3.13 leaves these empty fields out
+    return data.fingerprint(said)[:8]
 
 
 def differences(first: dict, second: dict) -> str:
     """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), HOLD_OUT (0, 1000)"."""
     names = [name for name in first | second if first.get(name) != second.get(name)]
+    names = [name for name in names if " of group " not in name] or names  # which mostly follow from the others
     return ", ".join(f"{name} ({first.get(name)}, {second.get(name)})" for name in names)
 
 
@@ -391,45 +469,48 @@ class Run:
     """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
 
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
-    same weights. curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and
-    of the accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
+    same weights, since all random numbers of an epoch follow from SEED, the epoch and the process alone.
+    curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and of the
+    accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
     """
 
     def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
         self.name, self.network, self.train, self.hold_out = name, network, train, hold_out
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        layers = repr(network), {key: value.shape for key, value in network.state_dict().items()}
+        layers = {key: list(getattr(value, "shape", ())) for key, value in network.state_dict().items()}
         self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(layers)[:8]}
-        files = [Path(__file__).with_name(file) for file in (SCRIPTS[name], "models.py", "data.py")]
-        trees = {file.name: ast.dump(ast.parse(file.read_bytes())) for file in files}  # without comments
-        self.begun_by = self.recipe | {file: data.fingerprint(tree)[:8] for file, tree in trees.items()}
-        self.folder = checkpoint_dir(train.dataset)
-        self.progress_path = self.folder / f"{name}.progress.pt"
+        self.recipe |= {key: type(self.parts[key]).__name__ for key in ("optimizer", "schedule")}
+        for number, group in enumerate(optimizer.param_groups):
+            self.recipe |= {f"{key} of group {number}": value for key, value in plain(group).items() if value}
+        self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
+        self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
         self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
         self.bar = tqdm(disable=True)  # until the first epoch
         self.curve = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.progress_path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"{self.folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
+            raise SystemExit(f"{self.progress_path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         self._continue()
-        size, where = sum(parameter.numel() for parameter in network.parameters()), train.labels.device.type
+        size, where = parameter_count(network), train.labels.device.type
         print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, on {where}", flush=True)
 
     def _continue(self) -> None:
         """Loads the progress of an unfinished run, if there is one that the same constants and code began."""
         progress = load_if_there(self.progress_path)
         if progress is None:
+            moved = moved_from(self.progress_path.parent, self.train.fingerprint)
+            if moved and not self.checkpoint_path.exists():
+                print(f"{self.name}: a new training.{moved}")
             return
-        if not progress.keys() >= {"network", "optimizer", "schedule", "begun_by", "curve", "random"}:
+        if not progress.keys() >= {*self.parts, "recipe", "curve"}:
             print(f"{self.progress_path} is damaged: starting from the first epoch.")
             return
-        if differing := differences(progress["begun_by"], self.begun_by):
+        if differing := differences(progress["recipe"], self.recipe):
             start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
             raise SystemExit(f"{start}. Restore them to go on, or delete {self.progress_path.name}.")
         for name, part in self.parts.items():
             part.load_state_dict(progress[name])
-        torch.set_rng_state(progress["random"])
         self.curve = progress["curve"]
         print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.recipe['EPOCHS']}.")
 
@@ -439,6 +520,8 @@ class Run:
         with tqdm(total=count * images, initial=done * images, **data.BAR) as self.bar:
             for epoch in range(done, count):
                 self.bar.set_description(f"epoch {epoch + 1}/{count}", refresh=False)
+                words = data.TRAINING, self.recipe["SEED"], epoch, RANK
+                seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
                 self.network.train()
                 self.totals.zero_()
                 started = time.perf_counter()
@@ -460,14 +543,10 @@ class Run:
         average_over_processes(self.totals)
         figures, left = self._means(), self.recipe["EPOCHS"] - epoch - 1
         rate = len(self.train) / (time.perf_counter() - started)
-        if not left and all(module.training for module in self.network.modules()):  # unless some layers are frozen
-            # Batch normalisation's statistics anew: after few steps the running ones still hold their first values.
-            views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
-            with autocast(self.totals.device):
-                update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
+        if not left:
+            self._renew_statistics(epoch)
         average_over_processes(*(value for value in self.network.buffers() if value.is_floating_point()))
-        if not math.isfinite(figures["loss"]) or not all(part.isfinite().all() for part in self.network.parameters()):
-            raise SystemExit(f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}.")
+        self._check_finite(figures["loss"], epoch)
         line = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format(**figures)
         if self.hold_out:
             logits = predict(self.name, self.network, self.hold_out)
@@ -477,16 +556,34 @@ class Run:
         self.curve.append({"epoch": epoch + 1, **figures, "seconds": before + taken})
         line += f", {rate:,.0f} images/s"
         if left:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"begun_by": self.begun_by, "curve": self.curve, "random": torch.get_rng_state()}
-            write_atomically(self.progress_path, lambda file: torch.save(state, file))
-            line += f", about {math.ceil(left * taken / 60)} min left"
+            self._save_progress()
+            seconds = math.ceil(left * taken)
+            line += f", about {seconds} s left" if seconds < 120 else f", about {math.ceil(seconds / 60)} min left"
         self.bar.clear()
         print(f"epoch {epoch + 1:3}/{epoch + 1 + left}: {line}", flush=True)
+
+    def _renew_statistics(self, epoch: int) -> None:
+        """Batch normalisation's statistics anew: after few steps the running ones still hold their first values."""
+        if all(module.training for module in self.network.modules()):  # unless some layers are frozen
+            views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
+            with autocast(self.totals.device):
+                update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
+
+    def _check_finite(self, loss: float, epoch: int) -> None:
+        """Ends the script with a sentence where the training has diverged."""
+        if not math.isfinite(loss) or not all(part.isfinite().all() for part in self.network.parameters()):
+            earlier = f" {self.checkpoint_path} is still that of an earlier run." * self.checkpoint_path.exists()
+            way_out = f"lower LEARNING_RATE in {SCRIPTS[self.name]}"
+            raise SystemExit(f"Training diverged in epoch {epoch + 1}: {way_out}.{earlier}")
+
+    def _save_progress(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"recipe": self.recipe, "curve": self.curve}
+        write_atomically(self.progress_path, lambda file: torch.save(state, file))
 
     def save(self) -> None:
         """Saves the checkpoint and removes the progress."""
         save_checkpoint(self.name, self.network, self.train, self.recipe, self.curve)
         if RANK == 0:
             self.progress_path.unlink(missing_ok=True)
-        print(f"Saved {self.folder / self.name}.pt after {self.curve[-1]['seconds']:.0f} s.", flush=True)
+        print(f"Saved {self.checkpoint_path} after {self.curve[-1]['seconds']:.0f} s.", flush=True)

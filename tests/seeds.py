@@ -4,8 +4,8 @@
 
 Seed s of teacher, student and distilled student alike; the two students start from the same weights and see the same
 batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
-trained again, so that an interrupted series goes on where it was. After editing a constant delete the folders, or name
-another CHECKPOINT_DIR.
+trained again, so that an interrupted series goes on where it was. Networks of other constants, or of other code in
+their own script, are not used: the series names their files, and ends.
 
 With HOLD_OUT in data.py above 0 the figures are those of the hold-out, which evaluate.py then calls test images, and no
 test image is read: to choose constants.
@@ -37,16 +37,40 @@ COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("
 
 
 def results_of(seed: int, root: Path) -> dict:
-    """The results.json of one seed, made where it is not there yet."""
+    """The results.json of one seed, of its networks; those are trained that are not there yet."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     path = models.checkpoint_dir(data.dataset_name()) / "results.json"
+    for name, script in TRAININGS.items():
+        if not (path.parent / f"{name}.pt").is_file():
+            path.unlink(missing_ok=True)
+            script.SEED = seed
+            script.main()
     if not path.is_file():
-        for name, script in TRAININGS.items():
-            if not (path.parent / f"{name}.pt").is_file():
-                script.SEED = seed
-                script.main()
         evaluate.main()
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_recipes(root: Path, device: torch.device) -> None:
+    """Ends the series if it has networks of other constants or scripts than now, before hours are lost."""
+    others, edited, images = [], set(), set()
+    for name, script in TRAININGS.items():
+        now = models.make_recipe(vars(script), device)
+        for path in (root / f"seed-{seed}" / data.dataset_name() / f"{name}.pt" for seed in SEEDS):
+            recipe = (models.load_if_there(path) or {}).get("recipe", {})
+            if "models.py" not in recipe:  # no network yet, or one from elsewhere
+                continue
+            images.add(recipe["images"])
+            compared = now.keys() - {"SEED", "models.py", "data.py"}
+            if any(recipe.get(key) != now[key] for key in compared):
+                others.append(str(path))
+            edited |= {file for file in ("models.py", "data.py") if recipe[file] != now[file]}
+    if others:
+        wanted = "Delete them, and the distilled.pt of each teacher.pt among them, or name another CHECKPOINT_DIR"
+        raise SystemExit(f"Trained with other constants than now, or by another script: {', '.join(others)}. {wanted}.")
+    if len(images) > 1:
+        raise SystemExit(f"The networks in {root} were not all trained on the same images.")
+    for file in sorted(edited):
+        print(f"{file} was edited since some of these networks were trained.")
 
 
 def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
@@ -59,11 +83,6 @@ def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tens
         losses = F.cross_entropy(logits, images.labels, reduction="none")
         figures.append(torch.stack([100.0 * (logits.argmax(1) == images.labels), losses]))
     return torch.stack(figures)
-
-
-def without_seed(recipe: dict) -> dict:
-    """The recipe but for what the seed changes."""
-    return {key: value for key, value in recipe.items() if key not in ("SEED", "teacher")}
 
 
 def print_gap_closed(start: str, gains: torch.Tensor, gaps: torch.Tensor, quantile: float) -> None:
@@ -84,15 +103,8 @@ def main() -> None:
     if data.HOLD_OUT:
         data.load_test = lambda device: data.load_train(device)[1]
     root, device = models.checkpoint_dir(""), models.setup()
-    now = [without_seed(models.make_recipe(vars(script), device)) for script in TRAININGS.values()]
-    runs, recipes = [], []
-    for seed in SEEDS:
-        runs.append(results_of(seed, root))
-        recipes.append([without_seed(runs[-1]["models"][name]["recipe"]) for name in TRAININGS])
-        pairs = zip(recipes[-1], now)  # a teacher from elsewhere has an empty recipe
-        edited = any(recipe and not recipe.items() >= constants.items() for recipe, constants in pairs)
-        if edited or recipes[-1] != recipes[0]:  # before hours are lost
-            raise SystemExit(f"Seeds in {root} were trained with other constants than now: delete those folders.")
+    check_recipes(root, device)
+    runs = [results_of(seed, root) for seed in SEEDS]
     first = runs[0]
     split = "hold-out" if data.HOLD_OUT else "test"
     print(f"\n{first['dataset']}, {first['test_images']:,} {split} images, {len(runs)} seeds, torch {first['torch']}\n")

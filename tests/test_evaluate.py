@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -127,6 +128,62 @@ def test_a_constant_of_the_users_own_is_compared(tiny, monkeypatch, capsys):
     distill.main()
     evaluate.main()
     assert "different ALPHA (0.1, 5.0)." in capsys.readouterr().out
+
+
+def adamw(network, *_):
+    return torch.optim.AdamW(network.parameters(), 1e-3)
+
+
+def cosine(optimizer, steps):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def constant(optimizer, steps):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+@pytest.mark.parametrize("name, value, named", [
+    ("Muon", adamw, "optimizer (Muon, AdamW)"),
+    ("make_schedule", cosine, "schedule (LambdaLR, CosineAnnealingLR)"),
+    ("make_schedule", constant, "lr of group 0 ("),
+])  # fmt: skip
+def test_another_optimizer_or_schedule_is_no_fair_comparison(name, value, named, tiny, monkeypatch, capsys):
+    train_teacher.main()
+    train_student.main()
+    monkeypatch.setattr(models, name, value)
+    distill.main()
+    evaluate.main()
+    expected = f"Not a fair comparison: student and distilled were trained with different {named}"
+    assert expected in capsys.readouterr().out
+
+
+def test_code_edited_between_the_trainings_is_named(tiny, tmp_path, monkeypatch, capsys):
+    train_teacher.main()
+    train_student.main()
+    edited = tmp_path / "data.py"
+    text = (ROOT / "data.py").read_text(encoding="utf-8")
+    edited.write_text(text.replace("(first + epoch) % 2 == 1", "(first + epoch) % 2 == 2"), encoding="utf-8")
+    assert text != edited.read_text(encoding="utf-8")
+    monkeypatch.setattr(data, "__file__", str(edited))
+    distill.main()
+    evaluate.main()
+    message = capsys.readouterr().out
+    assert "Perhaps not a fair comparison: data.py was edited between the two trainings." in message
+    assert "models.py was edited" not in message and "by another" not in message
+
+
+def test_another_distill_py_than_now_is_named(tiny, tmp_path, monkeypatch, capsys):
+    train_teacher.main()
+    train_student.main()
+    edited = tmp_path / "distill.py"
+    text = (ROOT / "distill.py").read_text(encoding="utf-8")
+    edited.write_text(text.replace('reduction="batchmean"', 'reduction="sum"'), encoding="utf-8")
+    monkeypatch.setattr(distill, "__file__", str(edited))
+    distill.main()
+    evaluate.main()
+    message = capsys.readouterr().out
+    assert "distilled.pt was trained by another distill.py than this one." in message
+    assert "student.pt was trained by another" not in message and "teacher.pt was trained by another" not in message
 
 
 def test_a_teacher_trained_since_is_noticed(tiny, monkeypatch, capsys):

@@ -1,16 +1,18 @@
 """models.py: networks, optimizer, prediction, checkpoints, runs."""
 
 import itertools
+import json
 import os
 import pickle
+import random
 import re
-import shutil
 from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, Hostile, same, weights
 from torch import nn
 
@@ -153,16 +155,90 @@ def test_predict_is_in_eval_mode_and_changes_no_weight(bfloat16, tolerance, tiny
     assert torch.allclose(weight.grad, logits.sum(0), rtol=1e-4)
 
 
-def test_a_checkpoint_rebuilds_its_network_from_the_file_alone(tiny, monkeypatch):
+def test_a_checkpoint_holds_what_it_takes_to_use_it(tiny):
     train_student.main()
     train, _ = data.load_train("cpu")
     content = torch.load(tiny / "student.pt", weights_only=True)
     assert {"network", "state_dict", "recipe", "dataset", "classes"} <= content.keys()
     assert content["recipe"]["EPOCHS"] == 2 and content["classes"] == list(train.classes)
-    monkeypatch.setattr(models, "STUDENT_WIDTHS", (64, 64, 64, 64))  # edited since
     network, _ = models.load_checkpoint("student", "synthetic", train)
-    assert network.widths == (4, 4, 6, 8) and not network.training
-    assert same(network.state_dict(), content["state_dict"])
+    assert not network.training and same(network.state_dict(), content["state_dict"])
+
+
+def another_normalisation(network, images, shift=0.49):
+    features = network.stages(torch.relu(network.stem((images - shift) * 4)))
+    return network.head(features.amax((2, 3))) / 9
+
+
+def another_pooling(network, images):
+    features = network.stages(torch.relu(network.stem((images - 0.5) * 4)))
+    return network.head(features.mean((2, 3))) / 9
+
+
+def another_order_of_channels(network, images):
+    return another_normalisation(network, images.flip(1), 0.5)
+
+
+def another_activation(stage, features):
+    features = torch.tanh(stage.norm1(nn.functional.max_pool2d(stage.conv1(features), 2)))
+    return torch.tanh(stage.norm2(stage.conv2(features)))
+
+
+EDITS = [
+    (models.ConvNet, "forward", another_normalisation),
+    (models.ConvNet, "forward", another_pooling),
+    (models.ConvNet, "forward", another_order_of_channels),
+    (models.Stage, "forward", another_activation),
+    (models, "TEACHER_WIDTHS", (6, 8, 12)),
+    (models, "teacher", lambda classes: resnet18(classes)),
+]
+
+
+@pytest.mark.parametrize("owner, name, value", EDITS)
+def test_a_network_that_answers_otherwise_than_when_it_was_saved_does_not_teach(owner, name, value, tiny, monkeypatch):
+    train_teacher.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, value)
+        path = re.escape(str(tiny / "teacher.pt"))
+        with pytest.raises(
+            SystemExit, match=rf"^teacher\(\) in models.py makes another network than {path} holds: undo the edit"
+        ):
+            distill.main()
+        with pytest.raises(SystemExit, match="another network than"):
+            evaluate.main()
+    distill.main()
+
+
+def resnet18(classes):
+    return torchvision.models.resnet18(num_classes=classes)
+
+
+@pytest.mark.parametrize("make", [models.teacher, models.student, resnet18])
+def test_rounding_does_not_make_another_network(make, tiny):
+    """One thread or two, channels-last or not, with oneDNN or without."""
+    torch.manual_seed(0)
+    network, answers = make(10), []
+    for channels_last in (False, True):
+        for threads in (1, 2):
+            for onednn in (True, False):
+                network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+                torch.set_num_threads(threads)
+                with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+                    answers.append(models.check_logits(network, 10, "it"))
+    torch.set_num_threads(1)
+    apart = max((a - b).abs().max() for a in answers for b in answers)
+    assert apart < 0.1 * models.TOLERANCE * answers[0].abs().max()
+
+
+def test_a_network_that_is_random_keeps_no_answers(tiny, monkeypatch):
+    class Random(nn.Linear):
+        def forward(self, images):
+            return super().forward(images.flatten(1)) + torch.rand(10)
+
+    monkeypatch.setattr(models, "student", lambda classes: Random(3072, classes))
+    train_student.main()
+    _, checkpoint = models.load_checkpoint("student", "synthetic")
+    assert checkpoint["answers"] is None
 
 
 def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
@@ -176,7 +252,7 @@ def test_a_network_of_ones_own_takes_the_students_place(tiny, monkeypatch):
     assert isinstance(network, nn.Sequential)
     monkeypatch.undo()
     monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
-    with pytest.raises(SystemExit, match="student.pt is damaged, or holds another network than models.py makes now"):
+    with pytest.raises(SystemExit, match="student.. in models.py makes another network than .*student.pt holds"):
         models.load_checkpoint("student", "synthetic", train)
 
 
@@ -196,7 +272,8 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_executed(kind, tiny, tmp_
         )
     monkeypatch.chdir(tmp_path)
     train, _ = data.load_train("cpu")
-    with pytest.raises(SystemExit, match="student.pt is damaged, or holds another network.*train_student.py"):
+    what = "of another version of models.py" if kind in ("foreign", "format 1") else "damaged"
+    with pytest.raises(SystemExit, match=f"student.pt is {what}: run python train_student.py again"):
         models.load_checkpoint("student", "synthetic", train)
     assert not (tmp_path / "executed").exists()
 
@@ -343,12 +420,13 @@ def test_an_unfinished_run_on_other_images_is_not_continued(tiny, monkeypatch):
 
 
 def test_an_unfinished_run_belongs_to_the_code_that_began_it(tiny, tmp_path, monkeypatch, capsys):
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))  # beside which the code is looked for
+    script, shared = tmp_path / "train_student.py", tmp_path / "models.py"
+    text, shared_text = ((ROOT / file.name).read_text(encoding="utf-8") for file in (script, shared))
+    script.write_text(text, encoding="utf-8")
+    shared.write_text(shared_text, encoding="utf-8")
+    monkeypatch.setattr(train_student, "__file__", str(script))
+    monkeypatch.setattr(models, "__file__", str(shared))
     interrupt(monkeypatch, train_student, 9)
-    script = tmp_path / "train_student.py"
-    text = script.read_text(encoding="utf-8")
     assert text.count("loss = F.cross_entropy(") == 1
     script.write_text(text.replace("loss = F.cross_entropy(", "loss = 2 * F.cross_entropy("), encoding="utf-8")
     with pytest.raises(
@@ -356,8 +434,73 @@ def test_an_unfinished_run_belongs_to_the_code_that_began_it(tiny, tmp_path, mon
     ):
         train_student.main()
     script.write_text("\ufeff" + text + "# another comment", encoding="utf-8")  # as an editor on Windows saves it
+    for old, new in (('"cpu": 125', '"cpu": 60'), ('"""The lightweight network', '"""The small network')):
+        assert shared_text.count(old) == 1
+        shared_text = shared_text.replace(old, new)
+    shared.write_text(shared_text, encoding="utf-8")
     train_student.main()
     assert "Continuing the unfinished run after epoch 1 of 2." in capsys.readouterr().out
+
+
+SNIPPET = '''"""A module."""
+import os
+RATE = 0.1  # held by the recipe
+TABLE = build(1, *[], flag=None)
+def build(count: int, *others, flag="a") -> str:
+    """Builds."""
+    return f"{count:>{len(others)}} {flag!r}" if count else [item for item in others if item not in ()]
+'''
+
+
+def test_the_hash_of_code_is_of_what_it_says(tmp_path):
+    def code_hash(*change, recipe={"RATE": 0}):
+        assert not change or SNIPPET.count(change[0]) == 1
+        (tmp_path / "code.py").write_text(SNIPPET.replace(*change) if change else SNIPPET, encoding="utf-8")
+        return models.code_hash(str(tmp_path / "code.py"), recipe)
+
+    pinned = "167f5289"  # the same under Python 3.11 and 3.14, whose ast.dump differs
+    assert code_hash() == pinned
+    for change in (("A module", "Another"), ("Builds.", "Makes."), ("0.1", "0.2"), ("  # held by the recipe", "")):
+        assert code_hash(*change) == pinned, change
+    for change in (("build(1, ", "build(2, "), ("not in", "in"), ("flag=None", ""), ("!r", ""), ('"a"', '"b"')):
+        assert code_hash(*change) != pinned, change
+    assert code_hash("0.1", "0.2", recipe={}) != code_hash(recipe={}) != pinned
+
+
+def test_an_edit_that_changes_no_layer_but_its_text_stops_no_resume(tiny, monkeypatch, capsys):
+    class Named(nn.Linear):
+        def extra_repr(self):
+            return str(np.random.default_rng().random())  # as the address of an object
+
+    monkeypatch.setattr(models, "student", lambda classes: nn.Sequential(nn.Flatten(), Named(3072, classes)))
+    interrupt(monkeypatch, train_student, 9)
+    train_student.main()
+    assert "Continuing the unfinished run after epoch 1 of 2." in capsys.readouterr().out
+
+
+def test_folders_of_images_that_moved_are_told_where_their_networks_are(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path / "made"))
+    monkeypatch.setenv("DATASET", str(folder))
+    for script in (train_teacher, train_student):
+        monkeypatch.setattr(script, "BATCH_SIZE", 18)
+        monkeypatch.setattr(script, "EPOCHS", 2)
+    interrupt(monkeypatch, train_student, 3)
+    train_teacher.main()
+    before = tmp_path / "made" / data.dataset_name()
+    moved = tmp_path / "job 7" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    monkeypatch.setenv("DATASET", str(moved))
+    said = f"{before} holds networks of the same images: to go on with them, rename it to {data.dataset_name()}."
+    monkeypatch.setattr(train_student, "EPOCHS", 3)  # other constants, the same images
+    capsys.readouterr()
+    interrupt(monkeypatch, train_student, 1)
+    assert f"student: a new training. {said}\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="run python train_teacher.py first. " + re.escape(said)):
+        distill.main()
+    (moved / "train" / "dark" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="run python train_teacher.py first.$"):
+        distill.main()
 
 
 def test_any_optimizer_is_trained_scheduled_and_resumed(tiny, monkeypatch):
@@ -476,10 +619,10 @@ def test_a_recipe_holds_the_plain_constants_of_all_three_files(tiny, monkeypatch
     monkeypatch.setattr(train_student, "CLASS_WEIGHTS", {"cat": 2.0}, raising=False)
     monkeypatch.setattr(train_student, "CLIP", float("inf"), raising=False)
     recipe = models.make_recipe(vars(train_student), torch.device("cpu"))
-    assert recipe["CLASS_WEIGHTS"] == "{'cat': 2.0}" and recipe["CLIP"] == "inf" and recipe["EPOCHS"] == 2
+    assert recipe["CLASS_WEIGHTS"] == {"cat": 2.0} and recipe["CLIP"] == "Infinity" and recipe["EPOCHS"] == 2
     assert recipe["SHIFT"] == data.SHIFT and recipe["MOMENTUM"] == models.MOMENTUM and recipe["WORLD_SIZE"] == 1
     assert not {"DATASET", "DATA_DIR", "CHECKPOINT_DIR", "RANK", "LIMITS", "SCRIPTS"} & recipe.keys()
-    assert all(type(value) in (bool, int, float, str) for value in recipe.values())
+    assert json.loads(json.dumps(recipe, allow_nan=False)) == recipe
 
 
 def separable(split):
@@ -525,7 +668,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     train_student.main()
     before = (tiny / "student.pt").read_bytes()
     monkeypatch.setattr(train_student, "LEARNING_RATE", 1e30)
-    with pytest.raises(SystemExit, match="Training diverged in epoch 1: lower LEARNING_RATE in train_student.py"):
+    way_out = "lower LEARNING_RATE in train_student.py. .*student.pt is still that of an earlier run.$"
+    with pytest.raises(SystemExit, match=f"Training diverged in epoch 1: {way_out}"):
         train_student.main()
     assert (tiny / "student.pt").read_bytes() == before
 
@@ -582,11 +726,134 @@ def test_constants_out_of_range_are_named(script, name, value, tiny, monkeypatch
         script.main()
 
 
-@pytest.mark.parametrize("widths", [(), (8,), (8, 0), (8, 1.5), 8, (8,) * 5])
-def test_widths_that_make_no_network_are_named(widths, tiny, monkeypatch):
-    monkeypatch.setattr(models, "STUDENT_WIDTHS", widths)
-    with pytest.raises(SystemExit, match="^Widths in models.py must be tuples of 2 to 4 whole numbers"):
+def fails_by_itself(classes):
+    raise ValueError("my own error")
+
+
+def needs_the_internet(classes):
+    raise OSError("no route to host")
+
+
+def needs_larger_images(classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 64), nn.Flatten(), nn.LazyLinear(classes))
+
+
+def frozen(classes):
+    return models.ConvNet(classes, (4, 4, 6)).requires_grad_(False)
+
+
+def no_widths(classes):
+    return models.ConvNet(classes, ())
+
+
+@pytest.mark.parametrize("make, shown", [
+    (fails_by_itself, "my own error"),
+    (needs_the_internet, "no route to host"),
+    (needs_larger_images, "Kernel size"),
+    (frozen, "does not require grad"),
+    (no_widths, "index out of range"),
+])  # fmt: skip
+def test_a_network_of_ones_own_that_fails_shows_why(make, shown, tiny, monkeypatch):
+    train_student.main()
+    make.__name__ = "student"
+    monkeypatch.setattr(models, "student", make)
+    with pytest.raises(RuntimeError, match=r"^student\(\) in models.py makes a network that fails") as error:
         train_student.main()
+    assert shown in str(error.value.__cause__)
+    if make in (fails_by_itself, needs_the_internet):
+        with pytest.raises(RuntimeError, match=r"^student\(\) in models.py makes a network that fails") as error:
+            models.load_checkpoint("student", "synthetic")
+        assert shown in str(error.value.__cause__)
+
+
+class WithState(nn.Linear):
+    """Keeps more than tensors in its state, as layers of transformer_engine do."""
+
+    def get_extra_state(self):
+        return {"calls": [1, 2], "name": "it"}
+
+    def set_extra_state(self, state):
+        assert state == {"calls": [1, 2], "name": "it"}
+
+
+class Initialised(nn.Module):
+    """A layer whose first batch sets its scale, as in ActNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+
+    def forward(self, images):
+        if not self.scale:
+            self.scale.copy_(images.std())
+        return images / self.scale
+
+
+def with_extra_state(classes):
+    return nn.Sequential(nn.Flatten(), WithState(3072, classes))
+
+
+def initialised_by_the_first_batch(classes):
+    return nn.Sequential(Initialised(), nn.Flatten(), nn.Linear(3072, classes))
+
+
+def initialised_by_numpy(classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+    network[1].weight.data = torch.from_numpy(np.random.randn(classes, 3072) * random.uniform(0.01, 0.02)).float()
+    return network
+
+
+@pytest.mark.parametrize("own", [with_extra_state, initialised_by_the_first_batch, initialised_by_numpy])
+def test_unusual_networks_are_trained_resumed_and_the_same_with_weight_zero(own, tiny, monkeypatch):
+    train_teacher.main()
+    monkeypatch.setattr(models, "student", own)
+    monkeypatch.setattr(distill, "KD_WEIGHT", 0.0)
+    train_student.main()
+    undisturbed = models.load_if_there(tiny / "student.pt")["state_dict"]
+    interrupt(monkeypatch, train_student, 9)
+    train_student.main()
+    distill.main()
+    for name in ("student", "distilled"):
+        network, checkpoint = models.load_checkpoint(name, "synthetic")
+        assert all(
+            torch.equal(value, undisturbed[key]) if isinstance(value, torch.Tensor) else value == undisturbed[key]
+            for key, value in checkpoint["state_dict"].items()
+        ), name
+    evaluate.main()
+    if own is initialised_by_the_first_batch:
+        train, _ = data.load_train("cpu")
+        images, *_ = next(data.batches(train, train_student.BATCH_SIZE, 0, train_student.SEED))
+        assert torch.isclose(network[0].scale, images.std())
+
+
+def test_the_random_numbers_of_an_epoch_follow_from_seed_epoch_and_process(tiny, monkeypatch):
+    def drawn(seed=0, rank=0):
+        monkeypatch.setattr(models, "RANK", rank)
+        monkeypatch.setattr(train_student, "SEED", seed)
+        numbers, update = [], models.Run.update
+
+        def spy(run, *arguments):
+            numbers.append((len(run.curve), torch.rand(1).item(), np.random.rand(), random.random()))
+            update(run, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(models.Run, "update", spy)
+            patch.setattr(models, "write_atomically", lambda path, write: None)
+            train_student.main()
+        return numbers
+
+    first = drawn()
+    assert drawn() == first and len(first) == 14
+    others = [drawn(seed=2**63 - 1), drawn(rank=1)]
+    assert len({number for numbers in (first, *others) for _, *three in numbers for number in three}) == 3 * 3 * 14
+
+
+def test_a_recipe_of_ones_own_is_saved_and_loaded(tiny):
+    train, _ = data.load_train("cpu")
+    recipe = {"acc": np.float64(0.9), "epochs": 3, "note": "by hand"}
+    models.save_checkpoint("teacher", models.teacher(10), train, recipe)
+    _, checkpoint = models.load_checkpoint("teacher", "synthetic", train)
+    assert checkpoint["recipe"] == recipe | {"images": train.fingerprint}
 
 
 def test_other_passes_over_the_data_do_not_change_the_weights(tiny, monkeypatch):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import seeds
+from conftest import ROOT
 
 import data
 import distill
@@ -85,7 +86,7 @@ def correct_by_image(root):
     for seed in range(2):
         for name, rows in correct.items():
             content = models.load_if_there(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
-            network = models.ConvNet(10, content["widths"])
+            network = {"teacher": models.teacher, "student": models.student}[content["network"]](10)
             network.load_state_dict(content["state_dict"])
             logits = models.predict(name, network, test)
             rows.append((logits.argmax(1) == test.labels).double().numpy())
@@ -118,14 +119,19 @@ def test_a_series_under_torchrun_is_refused(series, monkeypatch):
 def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
     seeds.results_of(1, tiny.parent)
     monkeypatch.setattr(distill, "KD_WEIGHT", 0.5)
-    with pytest.raises(SystemExit, match="were trained with other constants than now"):
+    with pytest.raises(SystemExit) as refused:
         series()  # seed 0 with the new weight, seed 1 with the old one
+    assert str(refused.value) == (
+        "Trained with other constants than now, or by another script: "
+        f"{tiny.parent / 'seed-1' / 'synthetic' / 'distilled.pt'}. "
+        "Delete them, and the distilled.pt of each teacher.pt among them, or name another CHECKPOINT_DIR."
+    )
 
 
 def test_the_figures_of_other_constants_are_not_printed_again(series, monkeypatch):
     series()
     monkeypatch.setattr(train_student, "EPOCHS", train_student.EPOCHS + 1)
-    with pytest.raises(SystemExit, match="were trained with other constants than now"):
+    with pytest.raises(SystemExit, match="^Trained with other constants than now, or by another script: .*[.]pt"):
         series()
 
 
@@ -133,5 +139,39 @@ def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, m
     series()
     monkeypatch.setattr(data, "HOLD_OUT", 40)
     monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
-    with pytest.raises(SystemExit, match="were trained with other constants than now"):
+    with pytest.raises(SystemExit, match="^Trained with other constants than now, or by another script: .*[.]pt"):
         series()
+
+
+def test_the_figures_of_another_loss_are_not_printed_again(series, tmp_path, monkeypatch):
+    series()
+    text = (ROOT / "distill.py").read_text(encoding="utf-8")
+    assert text.count("soft = F.kl_div(") == 1
+    edited = tmp_path / "distill.py"
+    monkeypatch.setattr(distill, "__file__", str(edited))
+    edited.write_text(text.replace("soft = F.kl_div(", "soft = 2 * F.kl_div("), encoding="utf-8")
+    with pytest.raises(SystemExit, match="by another script: .*seed-0.*distilled.pt, .*seed-1.*distilled.pt. Delete"):
+        series()
+    edited.write_text(text + "# a comment", encoding="utf-8")
+    series()
+
+
+def test_a_network_that_was_deleted_is_trained_and_evaluated_again(series, tiny):
+    series()
+    path = tiny.parent / "seed-1" / "synthetic" / "distilled.pt"
+    results = path.with_name("results.json")
+    before = json.loads(results.read_text())["models"]["distilled"]["recipe"]
+    path.unlink()
+    results.write_text("{}")
+    series()
+    assert path.exists() and json.loads(results.read_text())["models"]["distilled"]["recipe"] == before
+
+
+def test_an_edit_of_the_shared_code_is_mentioned(series, tmp_path, monkeypatch, capsys):
+    series()
+    edited = tmp_path / "data.py"
+    edited.write_text((ROOT / "data.py").read_text(encoding="utf-8") + "print()\n", encoding="utf-8")
+    monkeypatch.setattr(data, "__file__", str(edited))
+    capsys.readouterr()
+    series()
+    assert capsys.readouterr().out.startswith("data.py was edited since some of these networks were trained.")
