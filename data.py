@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm.auto import tqdm
 
-DATASET = "cifar10"  # "cifar10", "synthetic", or a folder with train/<class>/* and test/<class>/*; environment: DATASET
-DATA_DIR = "data"  # downloads; beside this file unless absolute; or DATA_DIR in the environment
+DATASET = "cifar10"  # "cifar10", "cifar100", "synthetic", or a folder with train/<class>/* and test/<class>/*
+DATA_DIR = "data"  # downloads; beside this file unless absolute. The environment's DATASET and DATA_DIR come first
 HOLD_OUT = 0  # training images set aside to tune on, reported after each epoch; 0 trains on all of them
+TRAIN_IMAGES = 0  # how many of the other training images to train on, each class in its share; 0 takes all of them
+SIZE = 32  # height and width of all images, pixels; another value is for folders of images
 SHIFT = 2  # pixels by which a view may be moved up, down, left and right
+MIRROR = True  # show every image mirrored in every second epoch; False for digits, arrows and text
 
-SIZE = 32  # height and width of every image, pixels; the networks in models.py are built for it
 SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
 
 # First word of each random seed, so that no two uses draw the same numbers.
@@ -35,6 +37,7 @@ ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING, CHOOSING, TRAINING = range(1, 8)
 LAUNCHED = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+BUILT_IN = {"cifar10": CIFAR10, "cifar100": CIFAR100, "synthetic": None}  # what DATASET can name
 BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # tqdm's: None shows it on a terminal only
 
 
@@ -42,8 +45,8 @@ BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # 
 class ImageSet:
     """One split of a dataset, whole, on one device.
 
-    images: uint8 [N, 32, 32, 3]. labels: int64 [N]. index: int64 [N], each image's number in the whole split, which its
-    views follow from. fingerprint: of the training images and their labels; "" for test images.
+    images: uint8 [N, SIZE, SIZE, 3]. labels: int64 [N]. index: int64 [N], each image's number in the whole split, which
+    its views follow from. fingerprint: of the training images and their labels; "" for test images.
     """
 
     dataset: str
@@ -58,13 +61,19 @@ class ImageSet:
 
 
 def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
-    """The training images without the hold-out, and the hold-out (None where HOLD_OUT is 0)."""
+    """The training images, TRAIN_IMAGES of those that are not set aside, and the hold-out (None if HOLD_OUT is 0)."""
     images, labels, classes = _read("train")
-    held_out = hold_out_positions(labels, HOLD_OUT)
+    held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
+    if TRAIN_IMAGES > len(rest):
+        there = f"there are {len(rest)}, with HOLD_OUT = {HOLD_OUT}"
+        raise SystemExit(f"TRAIN_IMAGES = {TRAIN_IMAGES} in data.py is too many: {there}.")
+    if TRAIN_IMAGES:
+        rest = np.sort(rest[choose(labels[rest], TRAIN_IMAGES, CHOOSING)])
     emptied = np.flatnonzero(np.bincount(labels[rest], minlength=len(classes)) == 0)
-    if HOLD_OUT and len(emptied):
-        raise SystemExit(f"HOLD_OUT = {HOLD_OUT} in data.py leaves no image of {classes[emptied[0]]!r} to train on.")
+    if len(emptied):
+        edited = f"TRAIN_IMAGES = {TRAIN_IMAGES}" if TRAIN_IMAGES else f"HOLD_OUT = {HOLD_OUT}"
+        raise SystemExit(f"{edited} in data.py leaves no image of {classes[emptied[0]]!r} to train on.")
     content = fingerprint(images[rest], labels[rest], classes)
     train = _image_set(images, labels, classes, rest, device, content)
     return train, _image_set(images, labels, classes, held_out, device, content) if HOLD_OUT else None
@@ -81,7 +90,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (images, labels, positions), each image of the split once.
 
-    images: float32 [B, 3, 32, 32], 0 to 1, channels-last in memory. labels: int64 [B].
+    images: float32 [B, 3, SIZE, SIZE], 0 to 1, channels-last in memory. labels: int64 [B].
     positions: int64 [B], the images' places in the split.
     With an epoch the images are that epoch's views and shuffled, by (seed, epoch); without one they are as they are and
     in order. The batches hold batch_size images at most and differ by one at most, so that no epoch ends in a tiny one.
@@ -98,8 +107,8 @@ def batches(
         if epoch is None:
             images = split.images[positions]
         else:
-            image, row, column = positions[:, None, None], rows[positions][:, :, None], columns[positions][:, None, :]
-            images = split.images[image, row, column]  # each pixel of each view: [B, 32, 32, 3]
+            image, row, column = positions[:, None, None], rows[positions, :, None], columns[positions, None, :]
+            images = split.images[image, row, column]  # each pixel of each view: [B, SIZE, SIZE, 3]
         yield images.permute(0, 3, 1, 2) / 255, split.labels[positions], positions
 
 
@@ -109,23 +118,23 @@ def batch_count(images: int, batch_size: int) -> int:
 
 
 def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, 32] each.
+    """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, SIZE] each.
 
-    Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. It is mirrored in every
-    second epoch, so that two epochs show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries of
-    image i are the same whatever the count.
+    Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. With MIRROR every second
+    epoch shows it mirrored, so that two show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries
+    of image i are the same whatever the count.
     """
     shifts = np.random.default_rng([SHIFTS, seed, epoch]).integers(-SHIFT, SHIFT + 1, (count, 2, 1))
-    pixels = np.abs(np.arange(SIZE) + shifts)  # -1 is 1
-    pixels = SIZE - 1 - np.abs(SIZE - 1 - pixels)  # 32 is 30
+    pixels = np.abs(np.arange(SIZE) + shifts)  # pixel -1 is pixel 1
+    pixels = SIZE - 1 - np.abs(SIZE - 1 - pixels)  # pixel SIZE is pixel SIZE - 2
     first = np.random.default_rng([MIRRORS, seed]).integers(0, 2, (count, 1))
-    columns = np.where((first + epoch) % 2 == 1, SIZE - 1 - pixels[:, 1], pixels[:, 1])
+    columns = np.where(MIRROR & ((first + epoch) % 2 == 1), SIZE - 1 - pixels[:, 1], pixels[:, 1])
     return torch.tensor(pixels[:, 0]), torch.tensor(columns)
 
 
-def hold_out_positions(labels: np.ndarray, count: int) -> np.ndarray:
-    """Which `count` images to set aside: every class in its share to within one, the same ones on every run."""
-    order = np.random.default_rng(SETTING_ASIDE).permutation(len(labels))
+def choose(labels: np.ndarray, count: int, word: int) -> np.ndarray:
+    """The positions of `count` images, every class in its share to within one; for one word always the same ones."""
+    order = np.random.default_rng(word).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     return by_class[((np.arange(count) + 0.5) * len(labels) / max(count, 1)).astype(int)]
 
@@ -139,19 +148,21 @@ def path_from(variable: str, constant: str) -> Path:
 def dataset_name() -> str:
     """What the checkpoints' folder is called: the DATASET's own name, or a folder's with a hash of its whole path."""
     dataset = os.environ.get("DATASET") or DATASET
-    if dataset in ("cifar10", "synthetic"):
+    if dataset in BUILT_IN:
         return dataset
     path = path_from("DATASET", DATASET).resolve()
     return f"{path.name}-{fingerprint(str(path))[:6]}"
 
 
 def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes."""
+    """Images, uint8 [N, SIZE, SIZE, 3], labels, int64 [N], and the names of the classes."""
     name = dataset_name()
-    if name == "cifar10":
-        images, labels, classes = _cifar10(split)
-    elif name == "synthetic":
+    if name in BUILT_IN and SIZE != 32:
+        raise SystemExit(f"SIZE = {SIZE} in data.py is for folders of images: {name} needs SIZE = 32.")
+    if name == "synthetic":
         images, labels, classes = synthetic(split)
+    elif name in BUILT_IN:
+        images, labels, classes = _cifar(BUILT_IN[name], split)
     else:
         images, labels, classes = _folder(path_from("DATASET", DATASET), split)
     return images, np.asarray(labels, dtype=np.int64), tuple(classes)
@@ -163,22 +174,22 @@ def _image_set(images, labels, classes, positions, device, content) -> ImageSet:
     return ImageSet(dataset_name(), classes, *parts, fingerprint=content)
 
 
-def _cifar10(split: str) -> tuple[np.ndarray, list[int], list[str]]:
+def _cifar(dataset: type[CIFAR10], split: str) -> tuple[np.ndarray, list[int], list[str]]:
     folder = path_from("DATA_DIR", DATA_DIR)
     if RANK > 0:
         torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
     try:
-        loaded = CIFAR10(folder, train=split == "train", download=True)
+        loaded = dataset(folder, train=split == "train", download=True)
     except Exception as error:  # no network, no disk, a damaged archive: nearly anything
-        way_out = f"put an undamaged {CIFAR10.filename} there (from {CIFAR10.url}), or run with DATASET=synthetic"
-        raise SystemExit(f"No CIFAR-10 in {folder} (DATA_DIR), and no download ({error}): {way_out}.") from None
+        way_out = f"put an undamaged {dataset.filename} there (from {dataset.url}), or run with DATASET=synthetic"
+        raise SystemExit(f"No {dataset.__name__} in {folder} (DATA_DIR), no download ({error}): {way_out}.") from None
     if RANK == 0 and WORLD_SIZE > 1:
         torch.distributed.barrier()
     return loaded.data, loaded.targets, loaded.classes
 
 
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
-    """root/<split>/<class>/**/*: all files that are not hidden and whose ending Pillow can read, resized to 32x32."""
+    """root/<split>/<class>/**/*: all files that are not hidden and whose ending Pillow can read, resized to SIZE."""
     if not root.exists():
         raise SystemExit(f"DATASET = {str(root)!r} does not exist.")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -203,7 +214,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 [32, 32, 3] from a file of any size and colour mode; ends the script with one sentence where it cannot.
+    """uint8 [SIZE, SIZE, 3] from a file of any size and colour mode; ends the script with one sentence where it cannot.
 
     A photograph is turned as its camera was held; transparent parts become white.
     """

@@ -54,7 +54,7 @@ def main() -> None:
     optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
     run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
-    teacher_logits = models.predict("teacher", teacher, train, mirror=True)  # one answer per image, not per view
+    teacher_logits = models.predict("teacher", teacher, train, mirror=data.MIRROR)  # one answer per image, not per view
     right = models.accuracy(teacher_logits, train.labels)
     print(f"teacher: {models.parameter_count(teacher):,} parameters, right on {right:.2%} of the training images")
 

@@ -204,7 +204,7 @@ def main() -> None:
 def show(results: dict, sentences: list[str]) -> None:
     """Prints the figures of all networks and the sentences of `compare`."""
     print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
-    row = "{:10}{:>22}{:>8}{:>7}{:>13}{:>12}{:>13}{:>11}".format
+    row = "{:10}{:>22}{:>8}{:>7}{:>13}{:>14}{:>15}{:>11}".format
     print(row("", "accuracy % (95 %)", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
     for name, part in results["models"].items():
         low, high = part["accuracy_ci95"]
@@ -219,7 +219,7 @@ def show(results: dict, sentences: list[str]) -> None:
 def draw(figure, results: dict, images: np.ndarray) -> None:
     """Draws on a figure of matplotlib's the learning curves, and the undecided images with their probabilities.
 
-    results: what results.json holds. images: the test images, uint8 [N, 32, 32, 3].
+    results: what results.json holds. images: the test images, uint8 [N, SIZE, SIZE, 3].
     """
     upper, lower = figure.subfigures(2, height_ratios=[2, 3])
     learning = upper.subplots()

@@ -1,6 +1,6 @@
 """The networks, and what every script does with one: device, optimizer, checkpoints, resumable training.
 
-Anything that maps images [B, 3, 32, 32], 0 to 1, to logits [B, classes] can be returned by teacher() or student().
+Anything that maps images [B, 3, SIZE, SIZE], 0 to 1, to logits [B, classes] can be returned by teacher() or student().
 """
 
 import ast
@@ -57,7 +57,7 @@ def student(classes: int) -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """Maps images [B, 3, 32, 32], 0 to 1, to logits [B, classes], in the shape of airbench94 (Jordan 2024,
+    """Maps images [B, 3, SIZE, SIZE], 0 to 1, to logits [B, classes], in the shape of airbench94 (Jordan 2024,
     arXiv:2404.00498): a 2x2 convolution, stages of two 3x3 convolutions, global max pooling, a linear layer.
     widths: channels of the first convolution, then of each stage.
     """
@@ -120,8 +120,8 @@ def check_logits(network: nn.Module, classes: int, source: str, training: bool =
 
     Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
     """
-    blocks = np.random.default_rng(0).random((2, 3, data.SIZE // 8, data.SIZE // 8), dtype=np.float32)
-    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3))
+    blocks = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)  # of 8x8 pixels
+    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE].copy())
     logits = network.train(training)(pictures) if isinstance(network, nn.Module) else None
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -201,39 +201,44 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum; for a `Stage`'s kernels Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """SGD with Nesterov momentum; for most convolutions Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one with orthogonal rows, so
-    that few large directions do not drown the others. Before it the kernel's norm is reset to sqrt(outputs), which
-    changes nothing since a normalisation follows: the learning rate is an angle. At LEARNING_RATE = 0.1 it is 0.25
-    radians in trainings of 288 steps or fewer and 0.03 in those of 4,800 or more, so EPOCHS changes it too. These
+    Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one whose singular values are
+    all the same, so that few large directions do not drown the others. It takes every `nn.Conv2d` without a bias, which
+    a normalisation is expected to follow, but the first and those in groups. Their norms stay what they are when the
+    training begins (in a `Stage` sqrt(outputs)), so the learning rate is an angle: at LEARNING_RATE = 0.1 at its peak
+    0.25 radians in trainings of 288 steps or fewer and 0.03 in those of 4,800 or more. So EPOCHS changes it too. These
     kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
-        stages = [module for module in network.modules() if isinstance(module, Stage)]
-        kernels = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
-        parameters = list(network.parameters())
+        parameters, modules = list(network.parameters()), list(network.modules())
+        layers = [module for module in modules if isinstance(module, nn.Conv2d)][1:]
+        kernels = {layer.weight for layer in layers if layer.bias is None and layer.groups == 1}
+        turned = [p for p in parameters if p in kernels and p.any()]  # a kernel of zeros could not turn
+        stages = [module for module in modules if isinstance(module, Stage)]
+        ours = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
+        self.norms = {kernel: len(kernel) ** 0.5 if kernel in ours else kernel.detach().norm() for kernel in turned}
         fewest, most = MUON_STEPS
         angle = learning_rate * MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER
         groups = [
-            {"params": [p for p in parameters if p in kernels], "lr": angle, "momentum": 0.0, "nesterov": False},
-            {"params": [p for p in parameters if p not in kernels and p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p not in kernels and p.ndim <= 1]},
+            {"params": [*self.norms], "lr": angle, "momentum": 0.0, "nesterov": False},
+            {"params": [p for p in parameters if p not in self.norms and p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p not in self.norms and p.ndim <= 1]},
         ]
         super().__init__(groups, learning_rate, momentum=MOMENTUM, nesterov=True)
 
     @torch.no_grad()
     def step(self) -> None:
-        for kernel in self.param_groups[0]["params"]:
+        for kernel, norm in self.norms.items():
             if kernel.grad is not None:
                 state = self.state[kernel]
                 if "muon_momentum" not in state:
                     state["muon_momentum"] = torch.zeros_like(kernel)
                 state["muon_momentum"].mul_(MUON_MOMENTUM).add_(kernel.grad)
-                step = kernel.grad.add(state["muon_momentum"], alpha=MUON_MOMENTUM)
-                kernel.grad = orthogonalise(step.flatten(1)).view_as(step)
-                kernel.mul_(len(kernel) ** 0.5 / kernel.norm().clamp(min=1e-7))
+                step = kernel.grad.add(state["muon_momentum"], alpha=MUON_MOMENTUM).flatten(1)
+                kernel.grad = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
+                kernel.mul_(norm / kernel.norm().clamp(min=1e-7))
         super().step()
 
 
@@ -243,6 +248,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
     By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are matrix products alone.
     """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalise(matrix.mT).mT  # the product below is the smaller one
     nearer = (matrix / (matrix.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
     for _ in range(3):
         product = nearer @ nearer.mT
@@ -343,6 +350,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "state_dict": network.state_dict(),
         "answers": first if torch.equal(first, second) else None,  # a random network cannot be asked
         "dataset": train.dataset,
+        "size": data.SIZE,
         "classes": list(train.classes),
         "recipe": {"images": train.fingerprint} | plain(recipe),
         "curve": list(curve),
@@ -367,7 +375,9 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     if checkpoint.get("format") != FORMAT:
         what = "is of another version of models.py" if checkpoint else "is damaged"
         raise SystemExit(f"{path} {what}: run python {script} again.")
-    kind, classes, saved = (checkpoint[key] for key in ("network", "classes", "answers"))
+    kind, classes, saved, size = (checkpoint[key] for key in ("network", "classes", "answers", "size"))
+    if size != data.SIZE:
+        raise SystemExit(f"{path} is for images of {size}x{size} pixels, but SIZE = {data.SIZE} in data.py.")
     with named_in_errors(f"{kind}() in models.py"):
         network = {"teacher": teacher, "student": student}[kind](len(classes))
     way_out = f"undo the edit, or run python {script} again"
@@ -383,6 +393,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
         raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
     if split and split.fingerprint not in ("", checkpoint["recipe"]["images"]):
         message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
+        message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
         if data.HOLD_OUT:
             raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
         print(f"{message}.")
@@ -400,6 +411,8 @@ def moved_from(folder: Path, fingerprint: str) -> str:
 
 LIMITS = {  # constant: type, least, most
     "HOLD_OUT": (int, 0, math.inf),
+    "TRAIN_IMAGES": (int, 0, math.inf),
+    "SIZE": (int, 16, 256),
     "SHIFT": (int, 0, data.SIZE - 1),
     "SEED": (int, 0, 2**63 - 1),
     "EPOCHS": (int, 1, math.inf),

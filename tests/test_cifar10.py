@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import data
 
@@ -86,7 +86,7 @@ def test_cifar10_is_downloaded_once_and_read_as_it_is(server):
 
 def test_a_corrupt_download_is_refused(server, monkeypatch):
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    with pytest.raises(SystemExit, match="(?s)No CIFAR-10 in .*cifar-10-python.tar.gz.*DATASET=synthetic"):
+    with pytest.raises(SystemExit, match="(?s)No CIFAR10 in .*cifar-10-python.tar.gz.*DATASET=synthetic"):
         data.load_train("cpu")
 
 
@@ -109,20 +109,20 @@ def test_an_archive_put_there_by_hand_needs_no_network(server, tmp_path):
 
 def test_no_network_and_no_archive_is_one_sentence(server, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nobody listens there
-    with pytest.raises(SystemExit, match="(?s)No CIFAR-10 in .*and no download.*DATASET=synthetic"):
+    with pytest.raises(SystemExit, match="(?s)No CIFAR10 in .*no download.*DATASET=synthetic"):
         data.load_train("cpu")
 
 
 def test_an_error_page_is_refused(server):
     server.archive.unlink()
-    with pytest.raises(SystemExit, match="and no download.*404"):
+    with pytest.raises(SystemExit, match="no download.*404"):
         data.load_train("cpu")
 
 
 def test_an_error_page_that_says_it_is_fine_is_refused_and_replaced_later(server, monkeypatch):
     whole = server.archive.read_bytes()
     server.archive.write_bytes(b"<html>Please log in to this network.</html>")
-    with pytest.raises(SystemExit, match="and no download.*corrupt"):
+    with pytest.raises(SystemExit, match="no download.*corrupt"):
         data.load_train("cpu")
     server.archive.write_bytes(whole)
     assert data.load_train("cpu")[0].labels.tolist() == server.train[1]
@@ -143,3 +143,25 @@ def test_a_truncated_archive_and_no_network_is_one_sentence(server, tmp_path, mo
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(SystemExit, match="put an undamaged cifar-10-python.tar.gz there"):
         data.load_train("cpu")
+
+
+def test_cifar100_is_read_as_it_is(tmp_path, monkeypatch):
+    folder, names = tmp_path / CIFAR100.base_folder, [f"class {number}" for number in range(100)]
+    folder.mkdir()
+    written = {"meta": {"fine_label_names": names}}
+    for number, split in enumerate(("train", "test")):
+        pixels = np.random.default_rng(number).integers(0, 256, (200, 3072), dtype=np.uint8)
+        written[split] = {"data": pixels, "fine_labels": [*range(100), *range(100)], "coarse_labels": [0] * 200}
+    for name, content in written.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        checked = md5((folder / name).read_bytes())
+        if name == "meta":
+            monkeypatch.setattr(CIFAR100, "meta", {"filename": name, "key": "fine_label_names", "md5": checked})
+        else:
+            monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, checked]])
+    monkeypatch.setenv("DATASET", "cifar100")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    for loaded, split in ((data.load_train("cpu")[0], "train"), (data.load_test("cpu"), "test")):
+        assert loaded.dataset == "cifar100" and loaded.classes == tuple(names)
+        assert np.array_equal(loaded.images.permute(0, 3, 1, 2).flatten(1).numpy(), written[split]["data"])
+        assert loaded.labels.tolist() == written[split]["fine_labels"]

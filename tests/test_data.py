@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 
 import data
+import distill
+import evaluate
 import models
+import train_student
+import train_teacher
 
 
 def image_set(count=30, classes=3):
@@ -93,14 +97,69 @@ def test_a_held_out_image_changes_no_other_images_views(tiny, monkeypatch):
     assert sorted(kept.index.tolist() + held.index.tolist()) == list(range(200))
 
 
-def test_the_hold_out_takes_its_share_of_every_class():
+@pytest.mark.parametrize("word", [data.SETTING_ASIDE, data.CHOOSING])
+def test_a_choice_takes_its_share_of_every_class(word):
     labels = np.repeat([0, 1, 2], [100, 50, 7])
     for count in (1, 10, 50, 157):
-        held = data.hold_out_positions(labels, count)
-        assert len(set(held.tolist())) == count
-        taken = np.bincount(labels[held], minlength=3)
+        chosen = data.choose(labels, count, word)
+        assert len(set(chosen.tolist())) == count
+        taken = np.bincount(labels[chosen], minlength=3)
         assert np.all(np.abs(taken - np.array([100, 50, 7]) * count / 157) <= 1)
-        assert np.array_equal(held, data.hold_out_positions(labels, count))
+        assert np.array_equal(chosen, data.choose(labels, count, word))
+
+
+def test_so_many_training_images_are_chosen_from_those_that_are_not_set_aside(tiny, monkeypatch):
+    whole, _ = data.load_train("cpu")
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    _, held_before = data.load_train("cpu")
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 60)
+    few, held = data.load_train("cpu")
+    assert len(few) == 60 and torch.equal(held.index, held_before.index)
+    assert few.fingerprint not in (whole.fingerprint, held_before.fingerprint)
+    assert not set(few.index.tolist()) & set(held.index.tolist())
+    assert torch.equal(few.images, whole.images[few.index]) and torch.equal(few.labels, whole.labels[few.index])
+    assert torch.equal(by_position(few, 13, 2, 5), by_position(whole, 200, 2, 5)[few.index])  # the same views
+    assert torch.equal(data.load_train("cpu")[0].index, few.index)
+    monkeypatch.setattr(data, "HOLD_OUT", 0)
+    assert set(data.load_train("cpu")[0].index.tolist()) != set(held.index.tolist())
+
+
+def test_without_mirror_no_view_is_mirrored(monkeypatch):
+    monkeypatch.setattr(data, "MIRROR", False)
+    for epoch in (0, 1):
+        _, columns = data.draw_views(0, epoch, 500)
+        assert (columns[:, 10] < columns[:, 20]).all()
+
+
+@pytest.mark.parametrize("size", [16, 50, 96])
+def test_a_folder_of_images_of_any_size(size, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SIZE", size)
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    train, _ = data.load_train("cpu")
+    assert train.images.shape == (36, size, size, 3)
+    expected = Image.open(folder / "train" / "dark" / "0.png").resize((size, size))
+    assert np.array_equal(train.images[0].numpy(), np.array(expected))
+    shown = by_position(train, 7, 1, 0)
+    assert shown.shape == (36, 3, size, size) and shown.is_contiguous(memory_format=torch.channels_last)
+    for script in (train_teacher, train_student, distill):
+        monkeypatch.setattr(script, "EPOCHS", 1)
+        monkeypatch.setattr(script, "BATCH_SIZE", 18)
+        script.main()
+    evaluate.main()
+    monkeypatch.setattr(data, "SIZE", 32)
+    message = rf"teacher.pt is for images of {size}x{size} pixels, but SIZE = 32 in data.py"
+    for script in (distill, evaluate):
+        with pytest.raises(SystemExit, match=message):
+            script.main()
+
+
+@pytest.mark.parametrize("dataset", data.BUILT_IN)
+def test_another_size_is_for_folders_of_images(dataset, monkeypatch):
+    monkeypatch.setattr(data, "SIZE", 64)
+    monkeypatch.setenv("DATASET", dataset)
+    with pytest.raises(SystemExit, match=f"^SIZE = 64 in data.py is for folders of images: {dataset} needs SIZE = 32.$"):
+        data.load_train("cpu")
 
 
 def test_evaluation_batches_are_plain_and_in_order():
@@ -512,9 +571,15 @@ def test_a_path_with_the_name_of_an_unknown_user_is_reported_as_missing(monkeypa
 
 
 @pytest.mark.parametrize(
-    "count, message", [(191, "191 in data.py leaves no image of '"), (1000, "1000 in data.py leaves")]
+    "name, count, message",
+    [
+        ("HOLD_OUT", 191, "191 in data.py leaves no image of '"),
+        ("HOLD_OUT", 1000, "1000 in data.py leaves"),
+        ("TRAIN_IMAGES", 3, "3 in data.py leaves no image of '"),
+        ("TRAIN_IMAGES", 201, "201 in data.py is too many: there are 200, with HOLD_OUT = 0"),
+    ],
 )
-def test_a_hold_out_leaves_an_image_of_every_class(count, message, tiny, monkeypatch):
-    monkeypatch.setattr(data, "HOLD_OUT", count)
-    with pytest.raises(SystemExit, match=f"^HOLD_OUT = {message}"):
+def test_what_is_set_aside_and_chosen_leaves_an_image_of_every_class(name, count, message, tiny, monkeypatch):
+    monkeypatch.setattr(data, name, count)
+    with pytest.raises(SystemExit, match=f"^{name} = {message}"):
         data.load_train("cpu")

@@ -101,14 +101,16 @@ def test_the_teacher_learns_nothing(tiny, monkeypatch):
     assert (tiny / "teacher.pt").read_bytes() == before
 
 
-def test_the_teacher_answers_once_and_each_image_gets_its_own_answer(tiny, monkeypatch):
+@pytest.mark.parametrize("mirror", [True, False])
+def test_the_teacher_answers_once_and_each_image_gets_its_own_answer(mirror, tiny, monkeypatch):
+    monkeypatch.setattr(data, "MIRROR", mirror)
     monkeypatch.setattr(data, "HOLD_OUT", 30)
     train_teacher.main()
     train, _ = data.load_train("cpu")
     teacher, _ = models.load_checkpoint("teacher", "synthetic", train)
     bare = torch.cat([images for images, *_ in data.batches(train, 125)])
     with torch.no_grad():  # the mean over the picture and its mirror image
-        expected = (teacher(bare) + teacher(bare.flip(3))) / 2
+        expected = (teacher(bare) + teacher(bare.flip(3))) / 2 if mirror else teacher(bare)
     received, shown = [], []
     loss, load = distill.distillation_loss, models.load_checkpoint
 
@@ -125,7 +127,7 @@ def test_the_teacher_answers_once_and_each_image_gets_its_own_answer(tiny, monke
     monkeypatch.setattr(models, "load_checkpoint", counting)
     distill.main()
     drawn = [positions for epoch in range(2) for _, _, positions in data.batches(train, 32, epoch, distill.SEED)]
-    assert len(drawn) == len(received) == 12 and sum(shown) == 2 * len(train)
+    assert len(drawn) == len(received) == 12 and sum(shown) == (2 if mirror else 1) * len(train)
     for positions, answers in zip(drawn, received):
         assert torch.allclose(expected[positions], answers, atol=2e-2, rtol=2e-3)
 
@@ -178,13 +180,14 @@ def test_a_teacher_that_knows_the_hold_out_is_refused(tiny, monkeypatch, capsys)
     distill.main()
     assert "other images" not in capsys.readouterr().out
     monkeypatch.setattr(data, "HOLD_OUT", 30)
-    message = "teacher.pt was trained on other images than synthetic has now, with HOLD_OUT = 30, so perhaps on the hold-out"
+    message = "other images than synthetic has now, with HOLD_OUT = 30 and TRAIN_IMAGES = 0, so perhaps on the hold-out"
     with pytest.raises(SystemExit, match=message):
         distill.main()
     train_teacher.main()
     monkeypatch.setattr(data, "HOLD_OUT", 0)
     distill.main()  # the test images are no part of it: a word is enough
-    assert "teacher.pt was trained on other images than synthetic has now, with HOLD_OUT = 0." in capsys.readouterr().out
+    message = "teacher.pt was trained on other images than synthetic has now, with HOLD_OUT = 0 and TRAIN_IMAGES = 0."
+    assert message in capsys.readouterr().out
 
 
 def test_the_line_about_the_teacher_shows_that_its_classes_are_in_another_order(tiny, monkeypatch, capsys):

@@ -174,6 +174,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(copy):
         (data, "HOLD_OUT", -1, "^HOLD_OUT = -1 in data.py must be a whole number from 0"),
         (data, "HOLD_OUT", 0.5, "^HOLD_OUT = 0.5 in data.py must be a whole number"),
         (data, "SHIFT", 32, "^SHIFT = 32 in data.py must be a whole number from 0 to 31"),
+        (data, "SIZE", 15, "^SIZE = 15 in data.py must be a whole number from 16 to 256"),
+        (data, "SIZE", 257, "^SIZE = 257 in data.py must be a whole number from 16 to 256"),
+        (data, "TRAIN_IMAGES", -1, "^TRAIN_IMAGES = -1 in data.py must be a whole number from 0"),
     ],
 )
 def test_other_constants_are_named_too(module, name, value, message, tiny, monkeypatch):

@@ -70,38 +70,40 @@ def test_orthogonalise_against_the_singular_value_decomposition(shape, monkeypat
 
 
 def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
-    network = nn.Sequential(models.Stage(5, 4), nn.Flatten(), nn.LazyLinear(2))
+    network = nn.Sequential(nn.Conv2d(5, 5, 1), models.Stage(5, 4), nn.Flatten(), nn.LazyLinear(2))
     images = torch.randn(8, 5, 4, 4)
     network(images)
     other = deepcopy(network)
     muon = models.Muon(network, 0.1, 0.01, 1000)
-    sgd = torch.optim.SGD(other[2].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
+    sgd = torch.optim.SGD(other[3].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
     angle, sgd.param_groups[0]["lr"] = (group["lr"] for group in muon.param_groups[:2])
     assert angle == pytest.approx(sgd.param_groups[0]["lr"] * models.MUON_SCALE / 1000**0.75)
     shortest, short, long, longest = (
         models.Muon(network, 0.1, 0.01, steps).param_groups[0]["lr"] for steps in (1, 288, 4800, 48000)
     )
     assert shortest == short > angle > long == longest  # very short and very long trainings turn at one angle each
-    kernel, momentum = network[0].conv1.weight.detach().clone(), torch.zeros(4, 45)
+    kernel, momentum = network[1].conv1.weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
         for model in (network, other):
             model.zero_grad()
             model(images).square().sum().backward()
-        gradient = network[0].conv1.weight.grad.flatten(1).clone()
+        gradient = network[1].conv1.weight.grad.flatten(1).clone()
         muon.step()
         momentum = models.MUON_MOMENTUM * momentum + gradient
         turn = models.orthogonalise(gradient + models.MUON_MOMENTUM * momentum).view_as(kernel)
         kernel = kernel * 2 / kernel.norm() - angle * turn
-        assert torch.allclose(network[0].conv1.weight, kernel, atol=1e-6)
+        assert torch.allclose(network[1].conv1.weight, kernel, atol=1e-6)
         other[0].load_state_dict(network[0].state_dict())
-        other[2].weight.grad.add_(other[2].weight, alpha=0.01)
+        other[1].load_state_dict(network[1].state_dict())
+        other[3].weight.grad.add_(other[3].weight, alpha=0.01)
         sgd.step()
-        assert torch.allclose(network[2].weight, other[2].weight, atol=1e-6)
+        assert torch.allclose(network[3].weight, other[3].weight, atol=1e-6)
 
 
-def test_muon_is_for_this_projects_kernels_alone():
-    """Those of a network of one's own may have no normalisation after them: they keep their lengths."""
-    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+def test_muon_leaves_all_but_bare_convolutions_to_sgd():
+    """Whatever may have no normalisation after it keeps its length: here the first convolution, and one with a bias."""
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.Flatten())
+    own.append(nn.LazyLinear(2))
     own.layer_scale = nn.Parameter(torch.full((4, 1, 1, 1), 0.01))
     own(torch.zeros(2, 3, 8, 8))
     before = {name: value.clone() for name, value in own.state_dict().items()}
@@ -115,6 +117,32 @@ def test_muon_is_for_this_projects_kernels_alone():
     muon = {id(kernel) for kernel in models.Muon(student, 0.1, 0.01, 10).param_groups[0]["params"]}
     for name, parameter in student.named_parameters():
         assert (id(parameter) in muon) == ("stages" in name and parameter.ndim == 4), name
+
+
+def test_muon_turns_the_kernels_of_other_networks_by_an_angle_and_keeps_their_norms():
+    torch.manual_seed(0)
+    tall, wide = nn.Conv2d(8, 32, 1, bias=False), nn.Conv2d(32, 4, 3, bias=False)
+    zeros = nn.Conv2d(4, 4, 1, bias=False)
+    nn.init.zeros_(zeros.weight)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), tall, wide, zeros, nn.Flatten(), nn.LazyLinear(2))
+    images = torch.randn(8, 3, 8, 8)
+    network(images)
+    optimizer = models.Muon(network, 0.01, 0.0, 288)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 3, 2]
+    before = [kernel.detach().clone() for kernel in (tall.weight, wide.weight)]
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    angle = optimizer.param_groups[0]["lr"]
+    for kernel, old in zip((tall.weight, wide.weight), before):
+        assert ((kernel - old).norm() / old.norm()).item() == pytest.approx(angle, rel=0.3)
+        assert kernel.norm().item() == pytest.approx(old.norm().item(), rel=0.01)
+    assert zeros.weight.any()  # SGD moves it
+    unturned = [parameter.clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = None
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), unturned))
 
 
 def test_weight_decay_spares_biases_and_normalisation():

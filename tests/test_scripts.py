@@ -123,7 +123,7 @@ def test_importing_does_no_work(tmp_path):
 def test_every_constant_is_assigned_once_at_column_0_with_a_reason():
     shared = ["SEED", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY"]
     for file, names in {
-        "data.py": ["DATASET", "DATA_DIR", "HOLD_OUT"],
+        "data.py": ["DATASET", "DATA_DIR", "HOLD_OUT", "TRAIN_IMAGES", "SIZE", "MIRROR"],
         "models.py": ["CHECKPOINT_DIR", "TEACHER_WIDTHS", "STUDENT_WIDTHS"],
         "train_teacher.py": shared,
         "train_student.py": shared,
