@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm.auto import tqdm
@@ -218,10 +218,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
     A photograph is turned as its camera was held; transparent parts become white.
     """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some hold a megabyte of text and more
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
                 raise ValueError("it has more than 8 bits per channel, convert it first")
+            picture.draft("RGB", (4 * SIZE, 4 * SIZE))  # a large JPEG is decoded at a fraction of its size
             picture = ImageOps.exif_transpose(picture).convert("RGBA").resize((SIZE, SIZE))
             return np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
     except Exception as error:  # the decoders of so many formats raise nearly anything

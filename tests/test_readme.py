@@ -1,13 +1,16 @@
 """The README's own code, as it stands there."""
 
+import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, same
+from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -30,15 +33,32 @@ def code_under(heading, number=0):
 def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     train_teacher.main()
     distill.main()
-    to_pil_image(torch.rand(3, 50, 70)).save(tmp_path / "picture.jpg")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    to_pil_image(torch.rand(3, 400, 700)).save(pictures / "a.jpg")
+    to_pil_image(torch.rand(4, 50, 70)).save(pictures / "b.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    to_pil_image(torch.rand(3, 900, 70)).save(pictures / "c.jpg", exif=turned)
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
     exec(code_under("Use the student"), {})
-    lines = [line.split(" %  ") for line in capsys.readouterr().out.splitlines()]
-    shares = [float(share) for share, _ in lines]
-    assert len(lines) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
+    capsys.readouterr()
+    read, array = [], np.array
+    monkeypatch.setattr(np, "array", lambda *given: read.append(array(*given)) or read[-1])
+    exec(code_under("Use the student", 1), {})
+    monkeypatch.undo()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a.jpg", "b.png", "c.jpg"] and len(read) == 3
+    for line, path, pixels in zip(lines, sorted(pictures.iterdir()), read):
+        assert np.array_equal(pixels, data.read_image(path))  # as the scripts read it
+        shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
+        assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 6, 8))
     student, checkpoint = models.load_checkpoint("distilled", "synthetic")
-    exported = torch.export.load(tmp_path / "student.pt2").module()
+    files = {"about": ""}
+    exported = torch.export.load(tmp_path / "student.pt2", extra_files=files).module()
+    assert json.loads(files["about"]) == {"classes": checkpoint["classes"], "size": 32}
     for count in (3, 8):
         pictures = torch.rand(count, 3, 32, 32)
         assert torch.allclose(exported(pictures), student(pictures), atol=1e-5)
@@ -56,13 +76,33 @@ def test_a_network_of_ones_own(tiny, monkeypatch):
         models.load_checkpoint("student", "synthetic", replace(train, classes=("cat", "dog")))
 
 
+def test_a_teacher_with_weights_of_imagenet(tiny, monkeypatch):
+    """With random weights: those of ImageNet would have to be downloaded."""
+    defined = {"nn": nn}
+    exec(code_under("Change it").replace("torchvision.models.ResNet18_Weights.DEFAULT", "None"), defined)
+    monkeypatch.setattr(models, "teacher", defined["teacher"])
+    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 100), ("LEARNING_RATE", 0.01)):
+        monkeypatch.setattr(train_teacher, name, value)
+    train_teacher.main()
+    network, _ = models.load_checkpoint("teacher", "synthetic")
+    assert network[0](torch.rand(2, 3, 32, 32)).shape[2:] == (128, 128) and network[2].fc.out_features == 10
+
+
+def test_the_optimizer_for_transformers(tiny, monkeypatch):
+    (line,) = re.findall(r"`optimizer = (torch.optim.AdamW[^`]*)`", README)
+    monkeypatch.setattr(models, "Muon", lambda student, *_: eval(line, {"torch": torch, "student": student}))
+    train_student.main()
+    recipe = models.load_if_there(tiny / "student.pt")["recipe"]
+    assert recipe["optimizer"] == "AdamW" and recipe["initial_lr of group 0"] == 1e-3
+
+
 def test_a_teacher_from_elsewhere(tiny, tmp_path, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Change it"), defined)
+    exec(code_under("Change it", 1), defined)
     monkeypatch.setattr(models, "teacher", defined["teacher"])
     torch.save(models.teacher(10)[1].state_dict(), tmp_path / "my_weights.pt")
     monkeypatch.chdir(tmp_path)
-    exec(code_under("Change it", 1), {})
+    exec(code_under("Change it", 2), {})
     network, _ = models.load_checkpoint("teacher", "synthetic")
     assert same(network[1].state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
     monkeypatch.setattr(distill, "EPOCHS", 1)
