@@ -5,10 +5,10 @@ from (SEED, e, i) alone: not from the batch or the device. So a student that lea
 teacher see the same views in the same order.
 """
 
-import glob
 import hashlib
 import math
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     if TRAIN_IMAGES:
         rest = np.sort(rest[choose(labels[rest], TRAIN_IMAGES, CHOOSING)])
     emptied = np.flatnonzero(np.bincount(labels[rest], minlength=len(classes)) == 0)
-    if len(emptied):
+    if (HOLD_OUT or TRAIN_IMAGES) and len(emptied):
         edited = f"TRAIN_IMAGES = {TRAIN_IMAGES}" if TRAIN_IMAGES else f"HOLD_OUT = {HOLD_OUT}"
         raise SystemExit(f"{edited} in data.py leaves no image of {classes[emptied[0]]!r} to train on.")
     content = fingerprint(images[rest], labels[rest], classes)
@@ -191,16 +191,18 @@ def _cifar(dataset: type[CIFAR10], split: str) -> tuple[np.ndarray, list[int], l
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     """root/<split>/<class>/**/*: all files that are not hidden and whose ending Pillow can read, resized to SIZE."""
     if not root.exists():
-        raise SystemExit(f"DATASET = {str(root)!r} does not exist.")
+        raise SystemExit(f"DATASET = {str(root)!r} does not exist. It can also be {', '.join(BUILT_IN)}.")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, left_out = {"train": {}, "test": {}}, []
     for part, by_class in files.items():
-        for name in sorted(map(Path, glob.glob("*/**/*", root_dir=root / part, recursive=True))):  # nothing hidden
-            path = root / part / name
-            if path.suffix.lower() in endings and not path.is_dir():
-                by_class.setdefault(name.parts[0], []).append(path)
-            elif not path.is_dir():
-                left_out.append(path)
+        for folder in sorted(folder for folder in (root / part).glob("[!.]*") if folder.is_dir()):
+            # A class is the same however its letters are composed; bytes that are no UTF-8 become escapes.
+            name = unicodedata.normalize("NFC", folder.name.encode("utf-8", "backslashreplace").decode())
+            for path in _files_below(folder):
+                if path.suffix.lower() in endings:
+                    by_class.setdefault(name, []).append(path)
+                else:
+                    left_out.append(path)
     if left_out:
         print(f"Left out because of their endings: {len(left_out)} files in {root}, such as {left_out[0].name}.")
     train, test = (set(by_class) for by_class in files.values())
@@ -208,9 +210,25 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
         only = f"; only train or only test has images of {sorted(train ^ test)[:5]}" if train != test else ""
         wanted = "train/<class>/<images> and test/<class>/<images>, with the same classes, at least two"
         raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
-    chosen = [(path, label) for label, paths in enumerate(files[split].values()) for path in paths]
+    classes = sorted(files[split])
+    chosen = [(path, label) for label, name in enumerate(classes) for path in files[split][name]]
     images = [read_image(path) for path, _ in tqdm(chosen, f"reading {root / split}", **BAR)]
-    return np.stack(images), [label for _, label in chosen], list(files[split])
+    return np.stack(images), [label for _, label in chosen], classes
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All that are not hidden, sorted. Links are followed, but each folder is read once, however it is reached."""
+
+    def fail(error: OSError):
+        raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
+    found, seen = [], set()
+    for where, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        found += [Path(where, name) for name in files if not name.startswith(".") and real not in seen]
+        seen.add(real)
+    return sorted(found)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -247,37 +265,47 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     fewer = np.floor(petals).clip(3, 6)
     share = petals - fewer
     labels = 2 * (fewer.astype(np.int64) - 3 + (draw(0, 1) >= 1 - synthetic_chances(share))) + outlined
-    fewer, share = fewer[:, None, None], share[:, None, None]
-    grid = np.arange(SIZE) - (SIZE - 1) / 2
-    x = grid[None, None, :] - draw(-5, 5, 1, 1)
-    y = grid[None, :, None] - draw(-5, 5, 1, 1)
-    turn, squeeze = draw(0, 2 * np.pi, 1, 1), draw(0.83, 1.2, 1, 1)
-    x, y = (x * np.cos(turn) - y * np.sin(turn)) * squeeze, (x * np.sin(turn) + y * np.cos(turn)) / squeeze
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    waves = (1 - share) * np.cos(fewer * angle) + share * np.cos((fewer + 1) * angle)
-    inside = draw(7, 12, 1, 1) * (1 + draw(0.2, 0.35, 1, 1) * waves) - radius  # pixels from the edge, positive within
-    shape = np.where(outlined[:, None, None] == 1, 1.5 - np.abs(inside - 1.5), inside)
-    cover = np.clip(shape + 0.5, 0, 1)[..., None]
-
-    def texture():
-        """Two waves of random direction, length and colour: [N, 32, 32, 3]."""
-        waves = np.zeros((count, SIZE, SIZE, 3))
-        for _ in range(2):
-            across = draw(-0.6, 0.6, 1, 1) * grid[None, None, :] + draw(-0.6, 0.6, 1, 1) * grid[None, :, None]
-            waves += draw(-0.2, 0.2, 1, 1, 3) * np.sin(across + draw(0, 6.3, 1, 1))[..., None]
-        return waves
-
-    ground = draw(0.2, 0.8, 1, 1, 3)
-    flower = ground + np.where(ground < 0.5, 1, -1) * draw(0.1, 0.4, 1, 1, 3)  # lighter or darker, in each channel
-    images = (1 - cover) * (ground + texture()) + cover * (flower + texture())
-    images += rng.normal(0, 0.06, images.shape)
-    names = [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
-    return (images.clip(0, 1) * 255).round().astype(np.uint8), labels, names
+    right, down, turn, squeeze = (draw(*limits, 1, 1) for limits in ((-5, 5), (-5, 5), (0, 2 * np.pi), (0.83, 1.2)))
+    size, depth = draw(7, 12, 1, 1), draw(0.2, 0.35, 1, 1)
+    ground, contrast = draw(0.2, 0.8, 1, 1, 3), draw(0.1, 0.4, 1, 1, 3)
+    flower = ground + np.where(ground < 0.5, 1, -1) * contrast  # lighter or darker, in each channel
+    textures = [  # two waves on the ground and two on the flower, each with its direction and length, colour and phase
+        [draw(-0.6, 0.6, 1, 1), draw(-0.6, 0.6, 1, 1), draw(-0.2, 0.2, 1, 1, 3), draw(0, 6.3, 1, 1)] for _ in range(4)
+    ]
+    drawn = [part.reshape(count, 1, 1) for part in (fewer, share, outlined)]
+    drawn += [right, down, np.cos(turn), np.sin(turn), squeeze, size, depth, ground, flower, *sum(textures, [])]
+    grid, images = np.arange(SIZE) - (SIZE - 1) / 2, np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for start in range(0, count, 500):  # in blocks, since the arrays in between are large
+        block = slice(start, start + 500)
+        fewer, share, outlined, right, down, cos, sin, squeeze, size, depth, ground, flower, *waves = (
+            part[block] for part in drawn
+        )
+        x, y = grid[None, None, :] - right, grid[None, :, None] - down
+        x, y = (x * cos - y * sin) * squeeze, (x * sin + y * cos) / squeeze
+        radius, angle = np.hypot(x, y), np.arctan2(y, x)
+        edge = (1 - share) * np.cos(fewer * angle) + share * np.cos((fewer + 1) * angle)
+        inside = size * (1 + depth * edge) - radius  # pixels from the edge, positive within
+        shape = np.where(outlined == 1, 1.5 - np.abs(inside - 1.5), inside)
+        cover = np.clip(shape + 0.5, 0, 1)[..., None]
+        lit = [np.zeros((len(cover), SIZE, SIZE, 3)) for _ in range(2)]
+        for number in range(4):
+            across, along, colour, phase = waves[4 * number : 4 * number + 4]
+            across = across * grid[None, None, :] + along * grid[None, :, None]
+            lit[number // 2] += colour * np.sin(across + phase)[..., None]
+        picture = (1 - cover) * (ground + lit[0]) + cover * (flower + lit[1])
+        picture += rng.normal(0, 0.06, picture.shape)
+        images[block] = (picture.clip(0, 1) * 255).round()
+    return images, labels, [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
 
 
 def synthetic_chances(share: np.ndarray) -> np.ndarray:
     """With which chance [N] flowers that stand at `share` [N] between two numbers of petals get the higher one."""
     return 1 / (1 + np.exp(-10 * (share - 0.5)))  # half at the middle, nearly sure at a whole number
+
+
+def image_hashes(images: Tensor) -> Tensor:
+    """int64 [N]: the same number for the same pixels, uint8 [N, H, W, 3], whatever the dataset."""
+    return torch.tensor([int(fingerprint(image), 16) - 2**63 for image in images.cpu()])
 
 
 def fingerprint(*parts) -> str:

@@ -351,6 +351,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "answers": first if torch.equal(first, second) else None,  # a random network cannot be asked
         "dataset": train.dataset,
         "size": data.SIZE,
+        "image_hashes": data.image_hashes(train.images),
         "classes": list(train.classes),
         "recipe": {"images": train.fingerprint} | plain(recipe),
         "curve": list(curve),

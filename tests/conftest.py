@@ -1,7 +1,9 @@
 """What the tests share: tiny images and networks, through the real code."""
 
+import ctypes
 import os
 import re
+import signal
 import shutil
 import subprocess
 import sys
@@ -74,6 +76,7 @@ class Copy:
             cwd=cwd or self.folder,
             env=inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(self.folder)} | environment,
             preexec_fn=before,
+            start_new_session=True,  # so that a run that hangs can be ended with all its processes
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
@@ -81,8 +84,18 @@ class Copy:
 
     def run(self, *command: str, **options) -> subprocess.CompletedProcess:
         with self.start(*command, **options) as running:
-            out, error = running.communicate(timeout=200)
+            try:
+                out, error = running.communicate(timeout=200)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
+                raise
         return subprocess.CompletedProcess(running.args, running.returncode, out, error)
+
+
+def obey_permissions():
+    """Takes from root, where the tests are run by root, the right to read and write where nobody may."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP: from the next exec on
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

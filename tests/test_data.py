@@ -1,5 +1,6 @@
 """data.py: loading, the hold-out, views, batches."""
 
+import os
 import re
 import shutil
 import struct
@@ -10,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import obey_permissions
+from PIL import Image, PngImagePlugin
 
 import data
 import distill
@@ -134,6 +136,8 @@ def test_without_mirror_no_view_is_mirrored(monkeypatch):
 @pytest.mark.parametrize("size", [16, 50, 96])
 def test_a_folder_of_images_of_any_size(size, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SIZE", size)
+    monkeypatch.setattr(models, "TEACHER_WIDTHS", (6, 8, 12, 16))
+    monkeypatch.setattr(models, "STUDENT_WIDTHS", (4, 4, 6, 8))
     monkeypatch.setenv("DATASET", str(folder))
     monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
     train, _ = data.load_train("cpu")
@@ -193,6 +197,12 @@ def test_synthetic_images_are_always_the_same_and_the_splits_differ(tiny):
     assert np.array_equal(images, again)
     assert not np.array_equal(images[:100], test)
     assert len(classes) == 10 and np.bincount(labels).min() > 8 and np.bincount(test_labels, minlength=10).min() > 3
+
+
+def test_synthetic_images_do_not_depend_on_how_many_are_drawn_at_once(tiny):
+    assert data.fingerprint(*data.synthetic("train")[:2]) == "9ac746f77d244f62"  # drawn in one piece, by an earlier version
+    data.SYNTHETIC_IMAGES["test"] = 1203
+    assert data.fingerprint(*data.synthetic("test")[:2]) == "0892daea3557ee4b"
 
 
 def test_synthetic_images_do_not_depend_on_the_processor(copy):
@@ -548,6 +558,88 @@ def test_linked_folders_are_followed(folder, tmp_path, monkeypatch):
     (folder / "train" / "dark" / "linked").symlink_to(tmp_path / "dark")
     monkeypatch.setenv("DATASET", str(folder))
     assert len(data.load_train("cpu")[0]) == 36
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_folder_that_is_linked_twice_is_read_once(folder, tmp_path, monkeypatch):
+    dark = folder / "train" / "dark"
+    (dark / "again").symlink_to(dark)
+    (dark / "inner").mkdir()
+    (dark / "0.png").rename(dark / "inner" / "0.png")
+    for name in ("a", "b"):
+        (dark / "inner" / name).symlink_to(folder / "train" / "dark")
+        (dark / name).symlink_to(dark / "inner")
+    (tmp_path / "elsewhere.png").write_bytes((dark / "1.png").read_bytes())
+    (dark / "linked.png").symlink_to(tmp_path / "elsewhere.png")
+    monkeypatch.setenv("DATASET", str(folder))
+    train, _ = data.load_train("cpu")
+    assert (train.labels == 0).sum() == 13 and len(train) == 37
+
+
+def test_the_order_of_the_files_is_by_folder_and_name(folder, monkeypatch):
+    dark = folder / "train" / "dark"
+    for name in ("b/2.png", "b/1.png", "a/3.png", "c.png", "b.png"):
+        (dark / name).parent.mkdir(exist_ok=True)
+        grey(dark / name, 0)
+    names = [str(path.relative_to(dark)) for path in data._files_below(dark)]
+    assert names == [str(path.relative_to(dark)) for path in sorted(dark.rglob("*.png"))]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where root can be made to obey")
+def test_a_folder_that_may_not_be_read_is_named(folder, copy):
+    closed = folder / "train" / "dark" / "closed"
+    closed.mkdir()
+    closed.chmod(0)
+    done = copy.run("train_student.py", before=obey_permissions, DATASET=str(folder))
+    closed.chmod(0o755)
+    assert done.returncode == 1 and f"The folder {closed} cannot be read: Permission denied." in done.stderr
+
+
+def test_a_class_is_the_same_however_its_letters_are_composed(folder, monkeypatch):
+    (folder / "train" / "dark").rename(folder / "train" / "caf\u00e9")
+    (folder / "test" / "dark").rename(folder / "test" / "cafe\u0301")
+    for part in ("train", "test"):
+        (folder / part / "grey").rename(folder / part / "cafz")
+    monkeypatch.setenv("DATASET", str(folder))
+    train, test = data.load_train("cpu")[0], data.load_test("cpu")
+    assert train.classes == test.classes == ("cafz", "caf\u00e9", "light")
+    for split in (train, test):
+        assert split.images[split.labels == 0].float().mean() == pytest.approx(120, abs=5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere all names are text")
+def test_a_class_whose_name_is_no_text_is_evaluated(folder, tmp_path, monkeypatch):
+    for part in ("train", "test"):
+        (folder / part / "dark").rename(folder / part / os.fsdecode(b"caf\xe9"))
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    for script in (train_teacher, train_student, distill):
+        monkeypatch.setattr(script, "EPOCHS", 1)
+        script.main()
+    evaluate.main()
+    assert data.load_test("cpu").classes[0] == "caf\\udce9"
+
+
+def test_a_large_photograph_is_read_as_a_small_one(tmp_path):
+    generator = np.random.default_rng(0)
+    smooth = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((1200, 900))
+    smooth.save(tmp_path / "photograph.jpg", quality=95)
+    plain = Image.open(tmp_path / "photograph.jpg").resize((32, 32))
+    apart = data.read_image(tmp_path / "photograph.jpg").astype(int) - np.array(plain)
+    assert np.abs(apart).max() <= 3
+
+
+def test_a_picture_that_holds_much_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("notes", "x" * 2_000_000, zip=True)
+    Image.new("L", (40, 30), 200).save(tmp_path / "a.png", pnginfo=text)
+    assert (data.read_image(tmp_path / "a.png") == 200).all()
+
+
+def test_the_names_of_the_datasets_are_given(monkeypatch):
+    monkeypatch.setenv("DATASET", "cifar-10")
+    with pytest.raises(SystemExit, match="^DATASET = 'cifar-10' does not exist. It can also be cifar10, cifar100, synthetic.$"):
+        data.load_train("cpu")
 
 
 @pytest.mark.parametrize("by", ["environment", "constant"])

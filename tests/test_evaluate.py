@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
@@ -31,12 +32,50 @@ def test_wilson_interval():
 def test_paired_difference():
     right = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0, 1], dtype=torch.bool)
     before = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0, 0], dtype=torch.bool)
-    mean, low, high = evaluate.paired_difference(right, before)
-    changes = [100 * (a - b) for a, b in zip(right.tolist(), before.tolist())]  # three gained, one lost
-    variance = sum((change - 20) ** 2 for change in changes) / 10
+    mean, low, high, p = evaluate.paired_difference(right, before)  # three gained, one lost
+    changes = [100 * (a - b) for a, b in zip(right.tolist(), before.tolist())]
+    changes += [100, -100, 0, 0]  # Agresti and Min's, which count a half each
+    middle, weights = sum(changes) / 12, [1] * 10 + [0.5] * 4
+    variance = sum(weight * (change - middle) ** 2 for change, weight in zip(changes, weights)) / 12
     assert mean == pytest.approx(20)
-    assert (high - mean, mean - low) == pytest.approx([1.96 * math.sqrt(variance / 10)] * 2)
-    assert evaluate.paired_difference(right, right) == (0, 0, 0)
+    assert (low, high) == pytest.approx([middle + sign * 1.96 * math.sqrt(variance / 12) for sign in (-1, 1)])
+    assert p == pytest.approx(2 * (1 + 4) / 2**4)  # of four images as many as one, or none, lost; or gained
+    mean, low, high, p = evaluate.paired_difference(right, right)
+    assert mean == 0 and low == -high and p == 1
+
+
+@pytest.mark.parametrize("gained, lost", [(4, 0), (0, 4), (1, 4), (30, 12), (5, 5), (400, 350), (6000, 4000)])
+def test_significance_is_mcnemars_exact_test(gained, lost):
+    correct = torch.cat([torch.ones(gained), torch.zeros(lost), torch.ones(3)]).bool()
+    before = torch.cat([torch.zeros(gained), torch.ones(lost), torch.ones(3)]).bool()
+    _, low, high, p = evaluate.paired_difference(correct, before)
+    ways = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    assert p == pytest.approx(min(1, 2 * ways / 2 ** (gained + lost)), rel=1e-6)
+    assert -100 <= low <= 100 * (gained - lost) / len(correct) <= high <= 100
+
+
+@pytest.mark.parametrize("count", [9, 50, 10_000])
+def test_the_interval_of_the_difference_holds_what_it_promises(count):
+    """Over repeated draws it holds the true difference, 10 points, in about 95 cases of 100; never in far fewer."""
+    chances, held, generator = [0.2, 0.1, 0.7], 0, np.random.default_rng(0)
+    for gained, lost, _ in generator.multinomial(count, chances, 400):
+        correct, before = torch.ones(count).bool(), torch.ones(count).bool()
+        before[:gained] = False
+        correct[gained : gained + lost] = False
+        mean, low, high, _ = evaluate.paired_difference(correct, before)
+        held += low <= 10 <= high
+        if count == 10_000:  # as by the plain formula, to 0.02 points
+            difference = 100 * (correct.double() - before.double())
+            half = 1.96 * difference.std(correction=0).item() / 100
+            assert abs(low - (mean - half)) < 0.02 and abs(high - (mean + half)) < 0.02
+    assert 0.93 <= held / 400 <= 0.99
+
+
+def test_calibration_error_adds_up_what_is_too_high_and_too_low():
+    """Two bins whose gaps, +0.1 and -0.1, would cancel each other."""
+    shares = torch.tensor([[0.7, 0.3]] * 10 + [[0.9, 0.1]] * 10)
+    labels = torch.tensor([0] * 6 + [1] * 4 + [0] * 10)
+    assert evaluate.calibration_error(shares.log(), labels) == pytest.approx(0.1, abs=1e-6)
 
 
 def test_calibration_error_against_a_naive_loop():
@@ -57,6 +96,14 @@ def test_multiply_accumulates_by_hand():
     assert evaluate.multiply_accumulates(models.ConvNet(10, (24, 5, 6)).eval(), torch.zeros(1, 3, 32, 32)) == macs
     attention, macs = nn.TransformerEncoderLayer(8, 2, 16).eval(), 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
     assert evaluate.multiply_accumulates(attention, torch.zeros(5, 1, 8)) == macs
+    frozen = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()  # runs fused
+    fused = torch.backends.mha.get_fastpath_enabled()
+    assert evaluate.multiply_accumulates(frozen, torch.zeros(1, 5, 8)) == macs
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+    vit = torchvision.models.VisionTransformer(32, 8, 1, 2, 8, 16, num_classes=3).requires_grad_(False).eval()
+    macs = 16 * 3 * 64 * 8 + 17 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 17 * 17 * 8 + 8 * 3
+    assert evaluate.multiply_accumulates(vit, torch.zeros(1, 3, 32, 32)) == macs
+    assert evaluate.multiply_accumulates(nn.LSTM(8, 8), torch.zeros(1, 5, 8)) is None
 
 
 def without_speed(results):
@@ -76,6 +123,7 @@ def test_two_evaluations_are_identical_and_complete(tiny, capsys):
     lines = [line for line in message[message.index("test images") :].splitlines() if str(tiny) not in line]
     assert max(map(len, lines)) <= 100, max(lines, key=len)
 
+    assert first["split"] == "test" and "images are also among" not in message
     assert first["dataset"] == "synthetic" and first["device"] == "cpu" and first["test_images"] == 100
     models_ = first["models"]
     assert list(models_) == ["teacher", "student", "distilled"]
@@ -86,6 +134,15 @@ def test_two_evaluations_are_identical_and_complete(tiny, capsys):
         network, _ = models.load_checkpoint(name, "synthetic", test)
         right[name] = (models.predict(name, network, test).argmax(1) == test.labels).sum().item()
         assert figures["accuracy"] == pytest.approx(right[name] / 100)
+        logits = models.predict(name, network, test)
+        of_label = logits.double().softmax(1)[torch.arange(100), test.labels]
+        assert figures["loss"] == pytest.approx(-of_label.log().mean().item(), rel=1e-5)
+        assert figures["ece"] == pytest.approx(evaluate.calibration_error(logits, test.labels))
+        assert figures["parameters"] == sum(value.numel() for value in network.parameters())
+        assert figures["macs"] == evaluate.multiply_accumulates(network, test.images[:1].permute(0, 3, 1, 2) / 255)
+        same = (logits.argmax(1) == answers).sum().item() if name != "teacher" else 100
+        assert figures["agreement_with_teacher"] == pytest.approx(same / 100)
+        answers = logits.argmax(1) if name == "teacher" else answers
     assert first["distilled_minus_student"]["points"] == pytest.approx(right["distilled"] - right["student"])
     low, high = first["distilled_minus_student"]["ci95"]
     assert low <= right["distilled"] - right["student"] <= high
@@ -235,6 +292,32 @@ def with_a_strange_name(split, synthetic=data.synthetic):
     return images, labels, ["$_$", *classes[1:]]  # a formula to matplotlib
 
 
+def test_the_undecided_images_are_those_whose_second_class_is_likeliest():
+    right = torch.tensor([[3.0, 1.0, 0.0], [3.0, 2.9, 0.0], [9.0, 0.0, 0.0], [3.0, 2.0, 0.0], [2.9, 3.0, 0.0]])
+    students = {"student": right.flip(0), "distilled": right}
+    rows = evaluate.undecided({"teacher": right} | students, torch.zeros(5).long(), ("a", "b", "c"), 2.0)
+    assert [row["image"] for row in rows] == [1, 3, 0, 2]  # on the last one the teacher is wrong
+    assert rows[0]["classes"] == ["a", "b", "c"] and rows[0]["label"] == "a"
+    assert rows[0]["shares"]["teacher, T = 2"] == pytest.approx((right[1] / 2).softmax(0).tolist())
+
+
+def test_test_images_that_were_trained_on_are_counted(tiny, monkeypatch, capsys):
+    synthetic = data.synthetic
+
+    def with_copies(split):
+        images, labels, classes = synthetic(split)
+        if split == "test":
+            images[:7] = synthetic("train")[0][40:47]
+        return images, labels, classes
+
+    monkeypatch.setattr(data, "synthetic", with_copies)
+    train_student.main()
+    evaluate.main()
+    assert "7 of the test images are also among the training images." in capsys.readouterr().out
+    results = json.loads((tiny / "results.json").read_text())
+    assert results["models"]["student"]["test_images_trained_on"] == 7
+
+
 def test_the_pictures_show_the_figures(tiny, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib").Figure
     drawn = []
@@ -253,7 +336,7 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
     assert (tiny / "results.png").read_bytes().startswith(b"\x89PNG")
     learning, *undecided = drawn[0].axes
     for line, row in zip(learning.get_lines(), results["models"].values(), strict=True):
-        assert line.get_ydata().tolist() == [epoch["cross_entropy"] for epoch in row["curve"]]
+        assert line.get_ydata().tolist() == [100 * epoch["accuracy"] for epoch in row["curve"]]
     assert len(undecided) == 8
     shares = next(axes for axes in undecided if len(axes.patches) == 12)
     widths = [bar.get_width() for bar in shares.patches]
@@ -296,7 +379,8 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     assert low < 20 / 30 < high and f"Distillation closed 67% ({low:.0%} to {high:.0%})" in message
     results, message = comparison(clear | {"distilled": [0] * 39 + [1] * 61})
     assert results["gap_closed"] is None and results["gap_closed_ci95"] is None
-    assert "Not significant: the interval includes 0." in message and "gap" not in message
+    assert "Not significant: p = 1.00 (exact McNemar test)." in message and "gap" not in message
+    assert "The distilled student is significantly worse." in comparison(clear | {"distilled": [0] * 60 + [1] * 40})[1]
     for change in ({"teacher": [0] * 39 + [1] * 61}, {"distilled": [0] * 60 + [1] * 40}):
         results, message = comparison(clear | change)
         assert results["gap_closed"] is None and "gap" not in message and "Not significant" not in message

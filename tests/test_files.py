@@ -1,12 +1,11 @@
 """Files, whatever happens while one is written or read: whole or absent, never executed, never believed blindly."""
 
-import ctypes
 import json
 import sys
 
 import pytest
 import torch
-from conftest import Hostile, same, weights
+from conftest import Hostile, obey_permissions, same, weights
 
 import data
 import distill
@@ -90,12 +89,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(copy):
     assert len(done.stderr.splitlines()) == 1
     assert path.read_bytes() == b"the last run's"
     assert not list(path.parent.glob("*.tmp")) and not list(path.parent.glob("*progress*"))
-
-
-def obey_permissions():
-    """Takes from root, where the tests are run by root, the right to read and write where nobody may."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP: from the next exec on
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where root can be made to obey")

@@ -81,7 +81,8 @@ def test_a_teacher_with_weights_of_imagenet(tiny, monkeypatch):
     defined = {"nn": nn}
     exec(code_under("Change it").replace("torchvision.models.ResNet18_Weights.DEFAULT", "None"), defined)
     monkeypatch.setattr(models, "teacher", defined["teacher"])
-    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 100), ("LEARNING_RATE", 0.01)):
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 40)
+    for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 20), ("LEARNING_RATE", 0.01)):
         monkeypatch.setattr(train_teacher, name, value)
     train_teacher.main()
     network, _ = models.load_checkpoint("teacher", "synthetic")
