@@ -7,9 +7,13 @@ batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<
 trained again, so that an interrupted series goes on where it was. Networks of other constants, or of other code in
 their own script, are not used: the series names their files, and ends.
 
-With HOLD_OUT in data.py above 0 the figures are those of the hold-out, which evaluate.py then calls test images, and no
-test image is read: to choose constants.
-The difference is also pooled over seeds and images, which tells more than three seeds do by themselves.
+With HOLD_OUT in data.py above 0 the figures are those of the hold-out, and no test image is read: to choose constants.
+The difference is also pooled over seeds and images, which tells more than three seeds do by themselves. All figures are
+written to <dataset>.json beside the seeds' folders.
+
+To compare two ways to distil, run the series, copy the teachers into another CHECKPOINT_DIR (seed-<s>/<dataset>/
+teacher.pt), edit distill.py, and run the series there with AGAINST = the first CHECKPOINT_DIR: its distilled students
+take the place of the students from the labels.
 """
 
 import json
@@ -31,6 +35,7 @@ import train_student
 import train_teacher
 
 SEEDS = range(5)
+AGAINST = None  # a CHECKPOINT_DIR with the same seeds and teachers, whose distilled students are compared with
 TRAININGS = {"teacher": train_teacher, "student": train_student, "distilled": distill}
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by the count
 COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("agreement_with_teacher", 100, 2, 18))
@@ -73,11 +78,24 @@ def check_recipes(root: Path, device: torch.device) -> None:
         print(f"{file} was edited since some of these networks were trained.")
 
 
+def put_against(run: dict, seed: int) -> None:
+    """Puts the distilled student in AGAINST in the place of the student from the labels."""
+    path = Path(AGAINST) / f"seed-{seed}" / run["dataset"] / "results.json"
+    if not path.is_file():
+        raise SystemExit(f"There is no {path} (AGAINST in tests/seeds.py): run the series there first.")
+    other = json.loads(path.read_text(encoding="utf-8"))
+    teachers = {part["models"]["teacher"]["fingerprint"] for part in (run, other)}
+    if len(teachers) > 1 or other["split"] != run["split"]:
+        raise SystemExit(f"{path} is of another teacher, or of other images, than its counterpart here.")
+    run["models"]["student"] = other["models"]["distilled"]
+
+
 def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
     """Of teacher, student and distilled student on each image whether it is right, in %, and its loss: [3, 2, N]."""
-    os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     figures = []
     for name in models.SCRIPTS:
+        place, name = (Path(AGAINST), "distilled") if AGAINST and name == "student" else (root, name)
+        os.environ["CHECKPOINT_DIR"] = str(place / f"seed-{seed}")
         network, _ = models.load_checkpoint(name, images.dataset, images)
         logits = models.predict(name, network, images)
         losses = F.cross_entropy(logits, images.labels, reduction="none")
@@ -85,10 +103,12 @@ def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tens
     return torch.stack(figures)
 
 
-def print_gap_closed(start: str, gains: torch.Tensor, gaps: torch.Tensor, quantile: float) -> None:
-    if closed := evaluate.gap_closed(gains, gaps, quantile):
+def print_gap_closed(start: str, gains: torch.Tensor, gaps: torch.Tensor, quantile: float) -> tuple | None:
+    closed = evaluate.gap_closed(gains, gaps, quantile)
+    if closed:
         share, low, high = closed
         print(f"{start:24}{share:.1%} ({low:.1%} to {high:.1%}) of the mean gap of {gaps.mean():.2f} points")
+    return closed
 
 
 def mean_and_deviation(values: list[float], digits: int) -> str:
@@ -105,9 +125,14 @@ def main() -> None:
     root, device = models.checkpoint_dir(""), models.setup()
     check_recipes(root, device)
     runs = [results_of(seed, root) for seed in SEEDS]
+    for seed, run in zip(SEEDS, runs):
+        if AGAINST:
+            put_against(run, seed)
     first = runs[0]
-    split = "hold-out" if data.HOLD_OUT else "test"
-    print(f"\n{first['dataset']}, {first['test_images']:,} {split} images, {len(runs)} seeds, torch {first['torch']}\n")
+    figures = {"dataset": first["dataset"], "split": first["split"], "torch": first["torch"], "seeds": [*SEEDS]}
+    figures |= {"images": first["test_images"], "against": AGAINST, "models": {}, "distilled_minus_student": {}}
+    split, count = first["split"], f"{first['test_images']:,}"
+    print(f"\n{first['dataset']}, {count} {split} images, {len(runs)} seeds, torch {first['torch']}\n")
     print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'agreement %':>18}")
     for name in models.SCRIPTS:
         rows = [run["models"][name] for run in runs]
@@ -116,17 +141,22 @@ def main() -> None:
             for key, scale, digits, width in COLUMNS
         )
         print(f"{name:12}{''.join(columns)}")
+        figures["models"][name] = {key: [row[key] for row in rows] for key, *_ in COLUMNS}
+    if AGAINST:
+        print(f"student: the distilled one in {AGAINST}")
     print(f"\ndistilled - student, paired by seed; 95 % intervals by Student's t over {len(runs)} seeds")
     for key, scale, digits, _ in COLUMNS:
         pairs = [(run["models"]["distilled"][key], run["models"]["student"][key]) for run in runs]
         gains = [scale * (distilled - student) for distilled, student in pairs]
         mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
+        scaled = {"mean": mean, "ci95": [mean - half, mean + half], "by_seed": gains}  # in the units that are printed
+        figures["distilled_minus_student"][key] = scaled
         print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
     teacher, student, distilled = (
         torch.tensor([100 * run["models"][name]["accuracy"] for run in runs]) for name in models.SCRIPTS
     )
-    print_gap_closed("gap closed", distilled - student, teacher - student, T_95[len(SEEDS)])
+    figures["gap_closed"] = print_gap_closed("gap closed", distilled - student, teacher - student, T_95[len(SEEDS)])
     images = data.load_test(device)
     by_seed = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS])
     teacher, student, distilled = by_seed.mean(0).double()
@@ -135,7 +165,11 @@ def main() -> None:
     print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")
     for name, digits, mean, half in zip(("accuracy", "loss"), (2, 4), gains.mean(1).tolist(), halves.tolist()):
         print(f"pooled {name:17}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})")
-    print_gap_closed("pooled gap closed", gains[0], (teacher - student)[0], evaluate.Z)
+        figures["distilled_minus_student"][f"pooled {name}"] = {"mean": mean, "ci95": [mean - half, mean + half]}
+    figures["pooled_gap_closed"] = print_gap_closed("pooled gap closed", gains[0], (teacher - student)[0], evaluate.Z)
+    path = root / f"{first['dataset']}.json"
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(f"Written to {path}.")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     half = 1.96 * by_image.std(ddof=1) / 100**0.5
     expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
     assert numbers(message, "pooled accuracy") == pytest.approx(expected, abs=0.006)
+    written = json.loads((root / "synthetic.json").read_text())
+    assert written["models"]["teacher"]["accuracy"] == [models["teacher"]["accuracy"] for models in results]
+    assert written["distilled_minus_student"]["accuracy"]["by_seed"] == pytest.approx(gains.tolist())
+    assert written["distilled_minus_student"]["accuracy"]["mean"] == pytest.approx(gains.mean())
+    assert written["distilled_minus_student"]["pooled accuracy"]["ci95"] == pytest.approx(expected[1:])
+    assert written["seeds"] == [0, 1] and written["split"] == "test"
     expected_calls = ("gap closed", 1, 12.71), ("pooled gap closed", 0, 1.96)  # over seeds, over images
     for (start, over, quantile), (*given, asked_quantile) in zip(expected_calls, asked[-2:]):  # before: evaluate.py's
         assert numbers(message, start)[:3] == [50, 25, 75]
@@ -175,3 +182,31 @@ def test_an_edit_of_the_shared_code_is_mentioned(series, tmp_path, monkeypatch, 
     capsys.readouterr()
     series()
     assert capsys.readouterr().out.startswith("data.py was edited since some of these networks were trained.")
+
+
+def test_two_ways_to_distil_are_compared(series, tiny, tmp_path, monkeypatch, capsys):
+    series()
+    root, other = tiny.parent, tmp_path / "other"
+    before = json.loads((root / "synthetic.json").read_text())["models"]
+    for seed in range(2):
+        folder = other / f"seed-{seed}" / "synthetic"
+        folder.mkdir(parents=True)
+        shutil.copy(root / f"seed-{seed}" / "synthetic" / "teacher.pt", folder)
+    monkeypatch.setattr(distill, "KD_WEIGHT", 0.2)
+    monkeypatch.setattr(seeds, "AGAINST", str(root))
+    monkeypatch.setenv("CHECKPOINT_DIR", str(other))
+    capsys.readouterr()
+    seeds.main()
+    message, written = capsys.readouterr().out, json.loads((other / "synthetic.json").read_text())
+    assert f"student: the distilled one in {root}" in message
+    assert written["models"]["student"] == before["distilled"] and written["models"]["teacher"] == before["teacher"]
+    right = [100 * np.array(written["models"][name]["accuracy"]) for name in ("distilled", "student")]
+    gains = written["distilled_minus_student"]
+    assert gains["accuracy"]["by_seed"] == pytest.approx(right[0] - right[1])
+    assert gains["pooled accuracy"]["mean"] == pytest.approx((right[0] - right[1]).mean(), abs=1e-6)
+    monkeypatch.setattr(train_teacher, "EPOCHS", 1)
+    (other / "seed-1" / "synthetic" / "teacher.pt").unlink()
+    (other / "seed-0" / "synthetic" / "teacher.pt").unlink()
+    monkeypatch.setenv("CHECKPOINT_DIR", str(other))
+    with pytest.raises(SystemExit, match="results.json is of another teacher"):
+        seeds.main()
