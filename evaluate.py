@@ -23,15 +23,8 @@ from data import ImageSet
 
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
-UNDECIDED = 4  # test images on which the teacher is undecided that are shown
+UNDECIDED = 4  # test images that are shown with the teacher's answer, see `undecided`
 COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` independent trials (Wilson 1927)."""
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))  # whatever rounding does
 
 
 def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, float, float, float]:
@@ -107,10 +100,8 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
     logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
     batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
     batch = batch.to(test.labels.device, memory_format=torch.channels_last)
-    share = models.accuracy(logits, labels)
     figures = {
-        "accuracy": share,
-        "accuracy_ci95": wilson_interval(share, len(test)),
+        "accuracy": models.accuracy(logits, labels),
         "loss": F.cross_entropy(logits, labels).item(),
         "ece": calibration_error(logits, labels),
         "agreement_with_teacher": None,
@@ -169,16 +160,16 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
 
 
 def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
-    """Of the test images on which the teacher is right, the UNDECIDED ones whose second class is the likeliest at the
-    temperature that taught: its answer shows there what the label does not say.
+    """Of the test images on which the teacher is right, the UNDECIDED ones whose second class gains most probability at
+    the temperature that taught: there its answer says most of what the label does not say.
 
     For each the teacher's three likeliest classes, with their probabilities according to all networks.
     """
-    second = (logits["teacher"] / temperature).softmax(1).topk(2).values[:, 1]
-    second = torch.where(logits["teacher"].argmax(1) == labels, second, 0)
     softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
+    second, second_softened = (part.softmax(1).topk(2).values[:, 1] for part in softened.values())
+    gained = torch.where(logits["teacher"].argmax(1) == labels, second_softened - second, -1)
     rows = []
-    for image in second.argsort(descending=True)[:UNDECIDED].tolist():
+    for image in gained.argsort(descending=True)[:UNDECIDED].tolist():
         top = logits["teacher"][image].topk(min(3, len(classes))).indices
         shares = {name: part[image].softmax(0)[top].tolist() for name, part in (softened | logits).items()}
         names = [classes[number] for number in top]
@@ -226,11 +217,10 @@ def main() -> None:
 def show(results: dict, sentences: list[str]) -> None:
     """Prints the figures of all networks and the sentences of `compare`."""
     print(f"\n{results['test_images']:,} {results['split']} images of {results['dataset']}, on {results['device']}\n")
-    row = "{:10}{:>22}{:>8}{:>7}{:>13}{:>14}{:>15}{:>11}".format
-    print(row("", "accuracy % (95 %)", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
+    row = "{:10}{:>12}{:>8}{:>7}{:>13}{:>15}{:>15}{:>11}".format
+    print(row("", "accuracy %", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
     for name, part in results["models"].items():
-        low, high = part["accuracy_ci95"]
-        share = f"{100 * part['accuracy']:.2f} ({100 * low:.2f}-{100 * high:.2f})"
+        share = f"{100 * part['accuracy']:.2f}"
         agreement = part["agreement_with_teacher"]
         agreement = "-" if agreement is None else f"{100 * agreement:.2f}"
         cost = (f"{part[key]:,.0f}" if part[key] else "-" for key in ("parameters", "macs", "images_per_second"))
