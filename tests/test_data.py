@@ -162,7 +162,8 @@ def test_a_folder_of_images_of_any_size(size, folder, tmp_path, monkeypatch):
 def test_another_size_is_for_folders_of_images(dataset, monkeypatch):
     monkeypatch.setattr(data, "SIZE", 64)
     monkeypatch.setenv("DATASET", dataset)
-    with pytest.raises(SystemExit, match=f"^SIZE = 64 in data.py is for folders of images: {dataset} needs SIZE = 32.$"):
+    message = f"^SIZE = 64 in data.py is for folders of images: {dataset} needs SIZE = 32.$"
+    with pytest.raises(SystemExit, match=message):
         data.load_train("cpu")
 
 
@@ -638,7 +639,8 @@ def test_a_picture_that_holds_much_text_is_read(tmp_path):
 
 def test_the_names_of_the_datasets_are_given(monkeypatch):
     monkeypatch.setenv("DATASET", "cifar-10")
-    with pytest.raises(SystemExit, match="^DATASET = 'cifar-10' does not exist. It can also be cifar10, cifar100, synthetic.$"):
+    message = "^DATASET = 'cifar-10' does not exist. It can also be cifar10, cifar100, synthetic.$"
+    with pytest.raises(SystemExit, match=message):
         data.load_train("cpu")
 
 

@@ -201,7 +201,8 @@ def test_the_line_about_the_teacher_shows_that_its_classes_are_in_another_order(
         capsys.readouterr()
         distill.main()
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher: ")]
-        parameters, right = re.fullmatch(r"teacher: ([\d,]+) parameters, right on ([\d.]+)% of .* images", line).groups()
+        pattern = r"teacher: ([\d,]+) parameters, right on ([\d.]+)% of .* images"
+        parameters, right = re.fullmatch(pattern, line).groups()
         assert parameters == f"{sum(p.numel() for p in teacher.parameters()):,}"
         said.append(float(right))
         teacher.head.weight.data = teacher.head.weight.data.roll(1, 0)

@@ -79,7 +79,8 @@ def test_a_network_of_ones_own(tiny, monkeypatch):
 def test_a_teacher_with_weights_of_imagenet(tiny, monkeypatch):
     """With random weights: those of ImageNet would have to be downloaded."""
     defined = {"nn": nn}
-    exec(code_under("Change it").replace("torchvision.models.ResNet18_Weights.DEFAULT", "None"), defined)
+    code = code_under("Your own images, network or teacher")
+    exec(code.replace("torchvision.models.ResNet18_Weights.DEFAULT", "None"), defined)
     monkeypatch.setattr(models, "teacher", defined["teacher"])
     monkeypatch.setattr(data, "TRAIN_IMAGES", 40)
     for name, value in (("EPOCHS", 1), ("BATCH_SIZE", 20), ("LEARNING_RATE", 0.01)):
@@ -90,7 +91,7 @@ def test_a_teacher_with_weights_of_imagenet(tiny, monkeypatch):
 
 
 def test_the_optimizer_for_transformers(tiny, monkeypatch):
-    (line,) = re.findall(r"`optimizer = (torch.optim.AdamW[^`]*)`", README)
+    (line,) = re.findall(r"`optimizer =\s(torch.optim.AdamW[^`]*)`", README)
     monkeypatch.setattr(models, "Muon", lambda student, *_: eval(line, {"torch": torch, "student": student}))
     train_student.main()
     recipe = models.load_if_there(tiny / "student.pt")["recipe"]
@@ -99,11 +100,11 @@ def test_the_optimizer_for_transformers(tiny, monkeypatch):
 
 def test_a_teacher_from_elsewhere(tiny, tmp_path, monkeypatch):
     defined = {"nn": nn}
-    exec(code_under("Change it", 1), defined)
+    exec(code_under("Your own images, network or teacher", 1), defined)
     monkeypatch.setattr(models, "teacher", defined["teacher"])
     torch.save(models.teacher(10)[1].state_dict(), tmp_path / "my_weights.pt")
     monkeypatch.chdir(tmp_path)
-    exec(code_under("Change it", 2), {})
+    exec(code_under("Your own images, network or teacher", 2), {})
     network, _ = models.load_checkpoint("teacher", "synthetic")
     assert same(network[1].state_dict(), torch.load(tmp_path / "my_weights.pt", weights_only=True))
     monkeypatch.setattr(distill, "EPOCHS", 1)
