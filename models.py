@@ -550,12 +550,10 @@ class Run:
         self.totals += torch.stack([loss, cross_entropy, correct, torch.ones_like(loss)]) * len(labels)
         self.bar.update(len(labels) * WORLD_SIZE)
 
-    def _means(self) -> dict[str, float]:
-        return dict(zip(("loss", "cross_entropy", "accuracy"), (self.totals[:3] / self.totals[3]).tolist()))
-
     def _end_epoch(self, epoch: int, started: float) -> None:
         average_over_processes(self.totals)
-        figures, left = self._means(), self.recipe["EPOCHS"] - epoch - 1
+        means, left = (self.totals[:3] / self.totals[3]).tolist(), self.recipe["EPOCHS"] - epoch - 1
+        figures = dict(zip(("loss", "cross_entropy", "accuracy"), means))
         rate = len(self.train) / (time.perf_counter() - started)
         if not left:
             self._renew_statistics(epoch)

@@ -201,7 +201,7 @@ def test_synthetic_images_are_always_the_same_and_the_splits_differ(tiny):
 
 
 def test_synthetic_images_do_not_depend_on_how_many_are_drawn_at_once(tiny):
-    assert data.fingerprint(*data.synthetic("train")[:2]) == "9ac746f77d244f62"  # drawn in one piece, by an earlier version
+    assert data.fingerprint(*data.synthetic("train")[:2]) == "9ac746f77d244f62"  # as drawn in one piece
     data.SYNTHETIC_IMAGES["test"] = 1203
     assert data.fingerprint(*data.synthetic("test")[:2]) == "0892daea3557ee4b"
 
