@@ -95,7 +95,7 @@ def test_the_optimizer_for_transformers(tiny, monkeypatch):
     monkeypatch.setattr(models, "Muon", lambda student, *_: eval(line, {"torch": torch, "student": student}))
     train_student.main()
     recipe = models.load_if_there(tiny / "student.pt")["recipe"]
-    assert recipe["optimizer"] == "AdamW" and recipe["initial_lr of group 0"] == 1e-3
+    assert recipe["optimizer"] == "AdamW" and recipe["initial_lr of group 0"] == 3e-3
 
 
 def test_a_teacher_from_elsewhere(tiny, tmp_path, monkeypatch):
