@@ -373,6 +373,8 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     results, message = comparison(clear | {"distilled": [0] * 39 + [1] * 61})
     assert results["gap_closed"] is None and results["gap_closed_ci95"] is None
     assert "Not significant: p = 1.00 (exact McNemar test)." in message and "gap" not in message
+    few = {"student": [0, 0, 0, 0, 1], "distilled": [1] * 5, "teacher": [1] * 5}  # four of four are not enough
+    assert "Not significant: p = 0.12" in comparison(few)[1] and comparison(few)[0]["gap_closed"] is None
     assert "The distilled student is significantly worse." in comparison(clear | {"distilled": [0] * 60 + [1] * 40})[1]
     for change in ({"teacher": [0] * 39 + [1] * 61}, {"distilled": [0] * 60 + [1] * 40}):
         results, message = comparison(clear | change)
