@@ -94,8 +94,11 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[1:])
 
 
-def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
-    """The figures of one network, and its logits for the test images [N, classes] on the CPU."""
+def measure(name: str, test: ImageSet, test_hashes: Tensor) -> tuple[dict, Tensor]:
+    """The figures of one network, and its logits for the test images [N, classes] on the CPU.
+
+    test_hashes: data.image_hashes of the test images.
+    """
     network, checkpoint = models.load_checkpoint(name, test.dataset, test)
     logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
     batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
@@ -111,7 +114,7 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
         "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
         "curve": checkpoint["curve"],
-        "test_images_trained_on": torch.isin(data.image_hashes(test.images), checkpoint["image_hashes"]).sum().item(),
+        "test_images_trained_on": torch.isin(test_hashes, checkpoint["image_hashes"]).sum().item(),
     }
     return figures, logits
 
@@ -181,9 +184,10 @@ def main() -> None:
     device = models.setup()
     test = data.load_test(device)
     labels, folder, figures, logits = test.labels.cpu(), models.checkpoint_dir(test.dataset), {}, {}
+    test_hashes = data.image_hashes(test.images)
     for name, script in models.SCRIPTS.items():
         if (folder / f"{name}.pt").exists():
-            figures[name], logits[name] = measure(name, test)
+            figures[name], logits[name] = measure(name, test, test_hashes)
         else:
             print(f"No {name} checkpoint: run python {script}.")
     if not figures:

@@ -502,10 +502,11 @@ class Run:
         self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
         self.bar = tqdm(disable=True)  # until the first epoch
         self.curve = []
+        folder = self.checkpoint_path.parent
         try:
-            self.progress_path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"{self.progress_path.parent} (CHECKPOINT_DIR) cannot be made: {error}.") from None
+            raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         self._continue()
         size, where = parameter_count(network), train.labels.device.type
         print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, on {where}", flush=True)
@@ -514,9 +515,9 @@ class Run:
         """Loads the progress of an unfinished run, if there is one that the same constants and code began."""
         progress = load_if_there(self.progress_path)
         if progress is None:
-            moved = moved_from(self.progress_path.parent, self.train.fingerprint)
-            if moved and not self.checkpoint_path.exists():
-                print(f"{self.name}: a new training.{moved}")
+            if not self.checkpoint_path.exists():
+                if moved := moved_from(self.checkpoint_path.parent, self.train.fingerprint):
+                    print(f"{self.name}: a new training.{moved}")
             return
         if not progress.keys() >= {*self.parts, "recipe", "curve"}:
             print(f"{self.progress_path} is damaged: starting from the first epoch.")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, Hostile, same, weights
+from conftest import Hostile, run_edited, same, weights
 from torch import nn
 
 import data
@@ -452,12 +452,8 @@ def test_an_unfinished_run_on_other_images_is_not_continued(tiny, monkeypatch):
 
 
 def test_an_unfinished_run_belongs_to_the_code_that_began_it(tiny, tmp_path, monkeypatch, capsys):
-    script, shared = tmp_path / "train_student.py", tmp_path / "models.py"
-    text, shared_text = ((ROOT / file.name).read_text(encoding="utf-8") for file in (script, shared))
-    script.write_text(text, encoding="utf-8")
-    shared.write_text(shared_text, encoding="utf-8")
-    monkeypatch.setattr(train_student, "__file__", str(script))
-    monkeypatch.setattr(models, "__file__", str(shared))
+    script, shared = (run_edited(monkeypatch, module, tmp_path) for module in (train_student, models))
+    text, shared_text = (file.read_text(encoding="utf-8") for file in (script, shared))
     interrupt(monkeypatch, train_student, 9)
     assert text.count("loss = F.cross_entropy(") == 1
     script.write_text(text.replace("loss = F.cross_entropy(", "loss = 2 * F.cross_entropy("), encoding="utf-8")

@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import seeds
-from conftest import ROOT
+from conftest import run_edited
 
 import data
 import distill
@@ -152,11 +153,8 @@ def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, m
 
 def test_the_figures_of_another_loss_are_not_printed_again(series, tmp_path, monkeypatch):
     series()
-    text = (ROOT / "distill.py").read_text(encoding="utf-8")
-    assert text.count("soft = F.kl_div(") == 1
-    edited = tmp_path / "distill.py"
-    monkeypatch.setattr(distill, "__file__", str(edited))
-    edited.write_text(text.replace("soft = F.kl_div(", "soft = 2 * F.kl_div("), encoding="utf-8")
+    text = Path(distill.__file__).read_text(encoding="utf-8")
+    edited = run_edited(monkeypatch, distill, tmp_path, "soft = F.kl_div(", "soft = 2 * F.kl_div(")
     with pytest.raises(SystemExit, match="by another script: .*seed-0.*distilled.pt, .*seed-1.*distilled.pt. Delete"):
         series()
     edited.write_text(text + "# a comment", encoding="utf-8")
@@ -176,9 +174,8 @@ def test_a_network_that_was_deleted_is_trained_and_evaluated_again(series, tiny)
 
 def test_an_edit_of_the_shared_code_is_mentioned(series, tmp_path, monkeypatch, capsys):
     series()
-    edited = tmp_path / "data.py"
-    edited.write_text((ROOT / "data.py").read_text(encoding="utf-8") + "print()\n", encoding="utf-8")
-    monkeypatch.setattr(data, "__file__", str(edited))
+    edited = run_edited(monkeypatch, data, tmp_path)
+    edited.write_text(edited.read_text(encoding="utf-8") + "print()\n", encoding="utf-8")
     capsys.readouterr()
     series()
     assert capsys.readouterr().out.startswith("data.py was edited since some of these networks were trained.")
