@@ -38,7 +38,7 @@ LAUNCHED = torch.distributed.is_available() and torch.distributed.is_torchelasti
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 BUILT_IN = {"cifar10": CIFAR10, "cifar100": CIFAR100, "synthetic": None}  # what DATASET can name
-BAR = {"unit": " images", "leave": False, "disable": True if RANK else None}  # tqdm's: None shows it on a terminal only
+BAR = {"leave": False, "disable": True if RANK else None}  # of tqdm's progress bars: None shows them on a terminal only
 
 
 @dataclass
@@ -65,15 +65,11 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     images, labels, classes = _read("train")
     held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
-    if TRAIN_IMAGES > len(rest):
-        there = f"there are {len(rest)}, with HOLD_OUT = {HOLD_OUT}"
-        raise SystemExit(f"TRAIN_IMAGES = {TRAIN_IMAGES} in data.py is too many: {there}.")
     if TRAIN_IMAGES:
-        rest = np.sort(rest[choose(labels[rest], TRAIN_IMAGES, CHOOSING)])
-    emptied = np.flatnonzero(np.bincount(labels[rest], minlength=len(classes)) == 0)
-    if (HOLD_OUT or TRAIN_IMAGES) and len(emptied):
-        edited = f"TRAIN_IMAGES = {TRAIN_IMAGES}" if TRAIN_IMAGES else f"HOLD_OUT = {HOLD_OUT}"
-        raise SystemExit(f"{edited} in data.py leaves no image of {classes[emptied[0]]!r} to train on.")
+        rest = np.sort(rest[choose(labels[rest], min(TRAIN_IMAGES, len(rest)), CHOOSING)])
+    if len(rest) < TRAIN_IMAGES or len(set(labels[rest])) < len(classes):
+        asked = f"HOLD_OUT = {HOLD_OUT} and TRAIN_IMAGES = {TRAIN_IMAGES} in data.py are too many or too few"
+        raise SystemExit(f"{asked}: of {len(images)} images one at least of every class must be left to train on.")
     content = fingerprint(images[rest], labels[rest], classes)
     train = _image_set(images, labels, classes, rest, device, content)
     return train, _image_set(images, labels, classes, held_out, device, content) if HOLD_OUT else None
@@ -102,7 +98,8 @@ def batches(
         order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch]).permutation(count)).to(device)
         views = draw_views(seed, epoch, int(split.index.max()) + 1)
         rows, columns = (part.to(device)[split.index] for part in views)
-    for batch in order.tensor_split(batch_count(count, batch_size)):
+    parts = order.tensor_split(batch_count(count, batch_size))
+    for batch in tqdm(parts, "" if epoch is None else f"epoch {epoch + 1}", unit=" batches", **BAR):
         positions = batch.tensor_split(WORLD_SIZE)[RANK]
         if epoch is None:
             images = split.images[positions]
@@ -212,7 +209,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
         raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
     classes = sorted(files[split])
     chosen = [(path, label) for label, name in enumerate(classes) for path in files[split][name]]
-    images = [read_image(path) for path, _ in tqdm(chosen, f"reading {root / split}", **BAR)]
+    images = [read_image(path) for path, _ in tqdm(chosen, f"reading {root / split}", unit=" images", **BAR)]
     return np.stack(images), [label for _, label in chosen], classes
 
 
@@ -265,36 +262,31 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     fewer = np.floor(petals).clip(3, 6)
     share = petals - fewer
     labels = 2 * (fewer.astype(np.int64) - 3 + (draw(0, 1) >= 1 - synthetic_chances(share))) + outlined
-    right, down, turn, squeeze = (draw(*limits, 1, 1) for limits in ((-5, 5), (-5, 5), (0, 2 * np.pi), (0.83, 1.2)))
-    size, depth = draw(7, 12, 1, 1), draw(0.2, 0.35, 1, 1)
-    ground, contrast = draw(0.2, 0.8, 1, 1, 3), draw(0.1, 0.4, 1, 1, 3)
+    right, down, turn, squeeze = (draw(*limits) for limits in ((-5, 5), (-5, 5), (0, 2 * np.pi), (0.83, 1.2)))
+    cos, sin = np.cos(turn), np.sin(turn)
+    size, depth = draw(7, 12), draw(0.2, 0.35)
+    ground, contrast = draw(0.2, 0.8, 3), draw(0.1, 0.4, 3)
     flower = ground + np.where(ground < 0.5, 1, -1) * contrast  # lighter or darker, in each channel
     textures = [  # two waves on the ground and two on the flower, each with its direction and length, colour and phase
-        [draw(-0.6, 0.6, 1, 1), draw(-0.6, 0.6, 1, 1), draw(-0.2, 0.2, 1, 1, 3), draw(0, 6.3, 1, 1)] for _ in range(4)
+        (draw(-0.6, 0.6), draw(-0.6, 0.6), draw(-0.2, 0.2, 3), draw(0, 6.3)) for _ in range(4)
     ]
-    drawn = [part.reshape(count, 1, 1) for part in (fewer, share, outlined)]
-    drawn += [right, down, np.cos(turn), np.sin(turn), squeeze, size, depth, ground, flower, *sum(textures, [])]
-    grid, images = np.arange(SIZE) - (SIZE - 1) / 2, np.empty((count, SIZE, SIZE, 3), np.uint8)
-    for start in range(0, count, 500):  # in blocks, since the arrays in between are large
-        block = slice(start, start + 500)
-        fewer, share, outlined, right, down, cos, sin, squeeze, size, depth, ground, flower, *waves = (
-            part[block] for part in drawn
-        )
-        x, y = grid[None, None, :] - right, grid[None, :, None] - down
-        x, y = (x * cos - y * sin) * squeeze, (x * sin + y * cos) / squeeze
+    column, images = np.arange(SIZE) - (SIZE - 1) / 2, np.empty((count, SIZE, SIZE, 3), np.uint8)
+    row = column[:, None]
+    for i in range(count):
+        x, y = column - right[i], row - down[i]
+        x, y = (x * cos[i] - y * sin[i]) * squeeze[i], (x * sin[i] + y * cos[i]) / squeeze[i]
         radius, angle = np.hypot(x, y), np.arctan2(y, x)
-        edge = (1 - share) * np.cos(fewer * angle) + share * np.cos((fewer + 1) * angle)
-        inside = size * (1 + depth * edge) - radius  # pixels from the edge, positive within
-        shape = np.where(outlined == 1, 1.5 - np.abs(inside - 1.5), inside)
+        edge = (1 - share[i]) * np.cos(fewer[i] * angle) + share[i] * np.cos((fewer[i] + 1) * angle)
+        inside = size[i] * (1 + depth[i] * edge) - radius  # pixels from the edge, positive within
+        shape = 1.5 - np.abs(inside - 1.5) if outlined[i] else inside
         cover = np.clip(shape + 0.5, 0, 1)[..., None]
-        lit = [np.zeros((len(cover), SIZE, SIZE, 3)) for _ in range(2)]
-        for number in range(4):
-            across, along, colour, phase = waves[4 * number : 4 * number + 4]
-            across = across * grid[None, None, :] + along * grid[None, :, None]
-            lit[number // 2] += colour * np.sin(across + phase)[..., None]
-        picture = (1 - cover) * (ground + lit[0]) + cover * (flower + lit[1])
+        waves = [
+            colour[i] * np.sin(across[i] * column + along[i] * row + phase[i])[..., None]
+            for across, along, colour, phase in textures
+        ]
+        picture = (1 - cover) * (ground[i] + waves[0] + waves[1]) + cover * (flower[i] + waves[2] + waves[3])
         picture += rng.normal(0, 0.06, picture.shape)
-        images[block] = (picture.clip(0, 1) * 255).round()
+        images[i] = (picture.clip(0, 1) * 255).round()
     return images, labels, [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
 
 

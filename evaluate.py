@@ -2,7 +2,7 @@
 
     python evaluate.py
 
-Prints a table and writes results.json, and with matplotlib results.png, beside the checkpoints.
+Prints a table and writes results.json beside the checkpoints. tests/draw.py draws what is in it.
 """
 
 import json
@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +22,6 @@ from data import ImageSet
 
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
-UNDECIDED = 4  # test images that are shown with the teacher's answer, see `undecided`
-COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
 
 
 def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, float, float, float]:
@@ -42,23 +39,6 @@ def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, f
     ways = math.lgamma(differing + 1) - torch.lgamma(fewer + 1) - torch.lgamma(differing - fewer + 1)
     p = min(1.0, 2 * (ways - differing * math.log(2)).exp().sum().item())
     return 100 * (gained - lost) / count, max(-100.0, 100 * (mean - half)), min(100.0, 100 * (mean + half)), p
-
-
-def gap_closed(gains: Tensor, gaps: Tensor, quantile: float = Z) -> tuple[float, float, float] | None:
-    """The share of the gap that is closed, mean(gains) / mean(gaps), with its 95 % interval: (share, low, high).
-
-    gains: distilled - student, gaps: teacher - student, [N] each, over the same images or seeds. By Fieller's theorem:
-    the interval holds the shares for which the mean of gains - share * gaps is at most `quantile` standard errors from
-    zero. None where the mean gap is not clearly above zero: the interval would have no bounds.
-    """
-    pairs = torch.stack([gains, gaps]).double()
-    gain, gap = pairs.mean(1)
-    errors = quantile**2 / len(gains) * pairs.cov()
-    a, b, c = gap**2 - errors[1, 1], gain * gap - errors[0, 1], gain**2 - errors[0, 0]
-    if not (gap > 0 and a > 0):
-        return None
-    half = (b**2 - a * c).clamp(min=0).sqrt()  # the ends are the roots of a * share^2 - 2 * b * share + c
-    return (gain / gap).item(), ((b - half) / a).item(), ((b + half) / a).item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -94,11 +74,8 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[1:])
 
 
-def measure(name: str, test: ImageSet, test_hashes: Tensor) -> tuple[dict, Tensor]:
-    """The figures of one network, and its logits for the test images [N, classes] on the CPU.
-
-    test_hashes: data.image_hashes of the test images.
-    """
+def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
+    """The figures of one network, and its logits for the test images [N, classes] on the CPU."""
     network, checkpoint = models.load_checkpoint(name, test.dataset, test)
     logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
     batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
@@ -114,7 +91,7 @@ def measure(name: str, test: ImageSet, test_hashes: Tensor) -> tuple[dict, Tenso
         "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
         "curve": checkpoint["curve"],
-        "test_images_trained_on": torch.isin(test_hashes, checkpoint["image_hashes"]).sum().item(),
+        "test_images_trained_on": torch.isin(data.image_hashes(test.images), checkpoint["image_hashes"]).sum().item(),
     }
     return figures, logits
 
@@ -124,7 +101,7 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
 
     Adds to the figures of each network its agreement with the teacher.
     """
-    results, sentences = {"distilled_minus_student": None, "gap_closed": None, "gap_closed_ci95": None}, []
+    results, sentences = {"distilled_minus_student": None, "gap_closed": None}, []
     correct = {name: answers.argmax(1) == labels for name, answers in logits.items()}
     if "teacher" in logits:
         for name, row in figures.items():
@@ -139,16 +116,13 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     elif points < 0:
         sentences.append("The distilled student is significantly worse.")
     elif "teacher" in correct:
-        gains, gaps = (correct[name].double() - correct["student"].double() for name in ("distilled", "teacher"))
-        if closed := gap_closed(gains, gaps):
-            share, low, high = closed
-            results |= {"gap_closed": share, "gap_closed_ci95": [low, high]}
-            gap = f"the gap of {100 * gaps.mean():.2f} points to the teacher"
-            sentences.append(f"Distillation closed {share:.0%} ({low:.0%} to {high:.0%}) of {gap}.")
+        gap, *_, p = paired_difference(correct["teacher"], correct["student"])
+        if p < 0.05 and gap > 0:
+            results["gap_closed"] = points / gap
+            sentences.append(f"Distillation closed {points / gap:.0%} of the gap of {gap:.2f} points to the teacher.")
     recipe, distilled_recipe = (figures[name]["recipe"] for name in ("student", "distilled"))
     constants = {name: value for name, value in recipe.items() if not name.endswith(".py")}  # not the hashes of code
-    differing = models.differences(constants, {name: distilled_recipe.get(name) for name in constants})
-    if differing:
+    if differing := models.differences(constants, {name: distilled_recipe.get(name) for name in constants}):
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
     for file in ("models.py", "data.py"):
         if recipe.get(file) != distilled_recipe.get(file):
@@ -162,60 +136,26 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     return results, sentences
 
 
-def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
-    """Of the test images on which the teacher is right, the UNDECIDED ones whose second class gains most probability at
-    the temperature that taught: there its answer says most of what the label does not say.
-
-    For each the teacher's three likeliest classes, with their probabilities according to all networks.
-    """
-    softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
-    second, second_softened = (part.softmax(1).topk(2).values[:, 1] for part in softened.values())
-    gained = torch.where(logits["teacher"].argmax(1) == labels, second_softened - second, -1)
-    rows = []
-    for image in gained.argsort(descending=True)[:UNDECIDED].tolist():
-        top = logits["teacher"][image].topk(min(3, len(classes))).indices
-        shares = {name: part[image].softmax(0)[top].tolist() for name, part in (softened | logits).items()}
-        names = [classes[number] for number in top]
-        rows.append({"image": image, "label": classes[labels[image]], "classes": names, "shares": shares})
-    return rows
-
-
 def main() -> None:
     device = models.setup()
     test = data.load_test(device)
     labels, folder, figures, logits = test.labels.cpu(), models.checkpoint_dir(test.dataset), {}, {}
-    test_hashes = data.image_hashes(test.images)
     for name, script in models.SCRIPTS.items():
         if (folder / f"{name}.pt").exists():
-            figures[name], logits[name] = measure(name, test, test_hashes)
+            figures[name], logits[name] = measure(name, test)
         else:
             print(f"No {name} checkpoint: run python {script}.")
     if not figures:
         raise SystemExit(f"There is nothing to evaluate in {folder}.")
-    results = {"dataset": test.dataset, "split": "hold-out" if test.fingerprint else "test"}
-    results |= {"device": device.type, "torch": torch.__version__, "test_images": len(test)}
     comparison, sentences = compare(figures, logits, labels)
+    results = {"dataset": test.dataset, "split": "hold-out" if test.fingerprint else "test", "test_images": len(test)}
+    results |= {"device": device.type, "torch": torch.__version__, "models": figures} | comparison
     if known := max(part["test_images_trained_on"] for part in figures.values()):
         sentences.append(f"{known} of the {results['split']} images are also among the training images.")
-    results |= {"models": figures} | comparison | {"undecided": []}
-    if len(logits) == 3:
-        temperature = figures["distilled"]["recipe"].get("TEMPERATURE", 1)
-        results["undecided"] = undecided(logits, labels, test.classes, temperature)
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     models.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
     print(f"Written to {folder / 'results.json'}.")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("Install matplotlib to get results.png.")
-        return
-    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
-        figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")  # readable on a dark page too
-        draw(figure, results, test.images.cpu().numpy())
-        models.write_atomically(folder / "results.png", lambda file: figure.savefig(file, format="png", dpi=90))
-    print(f"Drawn in {folder / 'results.png'}.")
 
 
 def show(results: dict, sentences: list[str]) -> None:
@@ -230,39 +170,6 @@ def show(results: dict, sentences: list[str]) -> None:
         cost = (f"{part[key]:,.0f}" if part[key] else "-" for key in ("parameters", "macs", "images_per_second"))
         print(row(name, share, f"{part['loss']:.4f}", f"{100 * part['ece']:.2f}", agreement, *cost))
     print("", *sentences, sep="\n")
-
-
-def draw(figure, results: dict, images: np.ndarray) -> None:
-    """Draws on a figure of matplotlib's the learning curves, and the undecided images with their probabilities.
-
-    results: what results.json holds. images: the test images, uint8 [N, SIZE, SIZE, 3].
-    """
-    upper, lower = figure.subfigures(2, height_ratios=[2, 3])
-    learning = upper.subplots()
-    lines = [line for row in results["models"].values() for line in row["curve"]]
-    shown = "hold_out_accuracy" if all("hold_out_accuracy" in line for line in lines) else "accuracy"
-    for name, row in results["models"].items():
-        epochs, values = [line["epoch"] for line in row["curve"]], [100 * line[shown] for line in row["curve"]]
-        label = f"{name}, {results['split']} {row['accuracy']:.1%}"
-        learning.plot(epochs, values, marker=".", color=COLOURS[name], label=label)
-    where = "training views" if shown == "accuracy" else "the hold-out"
-    learning.set(title=results["dataset"], xlabel="epoch", ylabel=f"accuracy on {where}, %")
-    learning.legend()
-    rows = results["undecided"]
-    pictures, bars = lower.subplots(2, len(rows), squeeze=False) if rows else ([], [])
-    for row, picture, shares in zip(rows, pictures, bars):
-        picture.imshow(images[row["image"]])
-        picture.set_title(f"labelled {row['label']}", fontsize="medium")
-        picture.axis("off")
-        for place, (name, values) in enumerate(row["shares"].items()):
-            where = [number + 0.2 * (place - 1.5) for number in range(len(values))]
-            style = {"color": COLOURS.get(name, "#aaaaaa"), "label": name}
-            shares.barh(where, [100 * value for value in values], 0.2, **style)
-        shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
-        shares.invert_yaxis()
-        shares.set(xlabel="probability, %", xlim=(0, 100))
-    if rows:
-        lower.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Anything that maps images [B, 3, SIZE, SIZE], 0 to 1, to logits [B, classes] can
 
 import ast
 import contextlib
-import datetime
 import glob
 import itertools
 import json
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
-from tqdm.auto import tqdm
 
 import data
 from data import RANK, WORLD_SIZE, ImageSet
@@ -94,12 +92,11 @@ class Stage(nn.Module):
 def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
-    Another one, made for that only, shows before whether it gives logits and can be trained. Under torchrun hooks
-    average each gradient over all processes, whose shares of a batch weigh the same. Unlike DistributedDataParallel
-    they leave no wrapper that a script could forget to call.
+    Another one shows before whether it gives logits and can be trained. Under torchrun each gradient is averaged over
+    all processes by hooks, which unlike DistributedDataParallel leave no wrapper that a script could forget to call.
     """
     classes, source = len(train.classes), f"{make.__name__}() in models.py"
-    with named_in_errors(source):
+    try:
         tried = make(classes)
         check_logits(tried, classes, source)
         check_logits(tried, classes, source, training=True).sum().backward()  # an error where all is frozen
@@ -107,6 +104,8 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
         network = make(classes)
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters()):
             check_logits(network, classes, source)  # gives lazy layers their shapes
+    except Exception as error:  # of anybody's own network
+        raise RuntimeError(f"{source} makes a network that fails as shown above.") from error
     network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
         for parameter in network.parameters():
@@ -130,15 +129,6 @@ def check_logits(network: nn.Module, classes: int, source: str, training: bool =
     return logits
 
 
-@contextlib.contextmanager
-def named_in_errors(source: str) -> Iterator[None]:
-    """Adds a sentence to whatever error is raised inside, which keeps its traceback: that it came from `source`."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(f"{source} makes a network that fails as shown above.") from error
-
-
 def seed_random_numbers(seed: int) -> None:
     """Seeds the generators of torch, on all devices, of Python and of numpy (whose seeds have 32 bits)."""
     torch.manual_seed(seed)
@@ -147,10 +137,7 @@ def seed_random_numbers(seed: int) -> None:
 
 
 def setup() -> torch.device:
-    """What every script calls first. Returns its device: CUDA if available, else the CPU.
-
-    A process that torchrun started joins the others here; only rank 0 prints.
-    """
+    """What every script calls first: its device, CUDA if available. Processes of torchrun meet here; rank 0 prints."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -159,8 +146,7 @@ def setup() -> torch.device:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
     if data.LAUNCHED and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"
-        timeout = datetime.timedelta(hours=1)  # rank 0 may have to download the images
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        torch.distributed.init_process_group(backend)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -169,7 +155,7 @@ def setup() -> torch.device:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. Ctrl-C ends it with one sentence."""
+    """Runs a script's `main`; Ctrl-C ends it with one sentence."""
     try:
         main()
     except KeyboardInterrupt:
@@ -205,10 +191,10 @@ class Muon(torch.optim.SGD):
 
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one whose singular values are
     all the same, so that few large directions do not drown the others. It takes every `nn.Conv2d` without a bias, which
-    a normalisation is expected to follow, but the first and those in groups. Their norms stay what they are when the
-    training begins (in a `Stage` sqrt(outputs)), so the learning rate is an angle: at LEARNING_RATE = 0.1 at its peak
-    0.25 radians in trainings of 288 steps or fewer and 0.03 in those of 4,800 or more. So EPOCHS changes it too. These
-    kernels, biases and norms have no weight decay. torch.optim.Muon takes matrices only.
+    a normalisation is expected to follow, but the first and those in groups. A kernel keeps the norm with which it
+    starts (in a `Stage` sqrt(outputs)), so the learning rate is an angle: at LEARNING_RATE = 0.1 0.25 radians at the
+    peak of 288 steps or fewer, 0.03 of 4,800 or more, and EPOCHS changes it too. Weight decay is for the other weights
+    only, not for biases and norms. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
@@ -216,8 +202,7 @@ class Muon(torch.optim.SGD):
         layers = [module for module in modules if isinstance(module, nn.Conv2d)][1:]
         kernels = {layer.weight for layer in layers if layer.bias is None and layer.groups == 1}
         turned = [p for p in parameters if p in kernels and p.any()]  # a kernel of zeros could not turn
-        stages = [module for module in modules if isinstance(module, Stage)]
-        ours = {kernel for stage in stages for kernel in (stage.conv1.weight, stage.conv2.weight)}
+        ours = {parameter for stage in modules if isinstance(stage, Stage) for parameter in stage.parameters()}
         self.norms = {kernel: len(kernel) ** 0.5 if kernel in ours else kernel.detach().norm() for kernel in turned}
         fewest, most = MUON_STEPS
         angle = learning_rate * MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER
@@ -244,9 +229,7 @@ class Muon(torch.optim.SGD):
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """The matrix [M, N] with the singular vectors of `matrix`, and with singular values of 0.3 to 1.3 where those of
-    `matrix` are within a factor of ten of each other; much smaller ones stay smaller.
-
-    By three Newton-Schulz steps with the coefficients of Jordan et al. 2024, which are matrix products alone.
+    `matrix` are within a factor of ten; smaller ones stay smaller. By three Newton-Schulz steps (Jordan et al. 2024).
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.mT).mT  # the product below is the smaller one
@@ -269,19 +252,17 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
 def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor:
     """The network's logits for the images as they are, float32 [N, classes]; leaves it in eval mode.
 
-    With mirror, the mean of those for each image and for its mirror image. Ends the script with one sentence, with that
-    name in it, where they are not finite.
+    With mirror, the mean of those for each image and for its mirror image. Ends the script where they are not finite.
     """
     device = split.labels.device
     whole = torch.zeros(len(split), len(split.classes), device=device)
     network.eval()
-    with autocast(device), tqdm(total=len(split), **data.BAR) as bar:
+    with autocast(device):
         for images, _, positions in data.batches(split, PREDICTION_BATCH[device.type]):
             logits = network(images).float()
             if mirror:
                 logits = (logits + network(images.flip(3)).float()) / 2
             whole[positions] = logits
-            bar.update(len(positions) * WORLD_SIZE)
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
     if not whole.isfinite().all():
@@ -305,10 +286,7 @@ def checkpoint_dir(dataset: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Calls write(file) on a temporary file, flushes that to the disk and renames it to path, on rank 0.
-
-    After a crash the file is either the old one or the new one.
-    """
+    """Calls write(file) on a temporary file that then becomes `path`, on rank 0: a crash leaves the old or the new."""
     if RANK > 0:
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -364,9 +342,8 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
 def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> tuple[nn.Module, dict]:
     """The trained network of that name in eval mode, on the split's device or the CPU, and all its checkpoint says.
 
-    dataset: the name of the checkpoints' folder. Ends the script with one sentence where there is no checkpoint, one of
-    other classes than the split's, one that does not answer as it did when it was saved, or, with a hold-out, one that
-    was trained on other images than are trained on now.
+    dataset: the name of the checkpoints' folder. Ends the script with one sentence where it is missing, has other
+    classes, does not answer as it did when it was saved, or, with a hold-out, was trained on other images than now.
     """
     path, script = checkpoint_dir(dataset) / f"{name}.pt", SCRIPTS[name]
     checkpoint = load_if_there(path)
@@ -379,10 +356,8 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     kind, classes, saved, size = (checkpoint[key] for key in ("network", "classes", "answers", "size"))
     if size != data.SIZE:
         raise SystemExit(f"{path} is for images of {size}x{size} pixels, but SIZE = {data.SIZE} in data.py.")
-    with named_in_errors(f"{kind}() in models.py"):
-        network = {"teacher": teacher, "student": student}[kind](len(classes))
-    way_out = f"undo the edit, or run python {script} again"
-    edited = f"{kind}() in models.py makes another network than {path} holds: {way_out}."
+    network = {"teacher": teacher, "student": student}[kind](len(classes))
+    edited = f"{kind}() in models.py makes another network than {path} holds: undo the edit, or run python {script}."
     try:
         network.load_state_dict(checkpoint["state_dict"])
     except RuntimeError:  # other names or shapes
@@ -500,7 +475,6 @@ class Run:
         self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
         self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
         self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
-        self.bar = tqdm(disable=True)  # until the first epoch
         self.curve = []
         folder = self.checkpoint_path.parent
         try:
@@ -532,24 +506,20 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
-        count, images, done = self.recipe["EPOCHS"], len(self.train), len(self.curve)
-        with tqdm(total=count * images, initial=done * images, **data.BAR) as self.bar:
-            for epoch in range(done, count):
-                self.bar.set_description(f"epoch {epoch + 1}/{count}", refresh=False)
-                words = data.TRAINING, self.recipe["SEED"], epoch, RANK
-                seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
-                self.network.train()
-                self.totals.zero_()
-                started = time.perf_counter()
-                yield epoch
-                self._end_epoch(epoch, started)
+        for epoch in range(len(self.curve), self.recipe["EPOCHS"]):
+            words = data.TRAINING, self.recipe["SEED"], epoch, RANK
+            seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
+            self.network.train()
+            self.totals.zero_()
+            started = time.perf_counter()
+            yield epoch
+            self._end_epoch(epoch, started)
 
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Adds a batch to the epoch's figures, without waiting for the device."""
         cross_entropy, correct = F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).float().mean()
         self.totals += torch.stack([loss, cross_entropy, correct, torch.ones_like(loss)]) * len(labels)
-        self.bar.update(len(labels) * WORLD_SIZE)
 
     def _end_epoch(self, epoch: int, started: float) -> None:
         average_over_processes(self.totals)
@@ -572,7 +542,6 @@ class Run:
             self._save_progress()
             seconds = math.ceil(left * taken)
             line += f", about {seconds} s left" if seconds < 120 else f", about {math.ceil(seconds / 60)} min left"
-        self.bar.clear()
         print(f"epoch {epoch + 1:3}/{epoch + 1 + left}: {line}", flush=True)
 
     def _renew_statistics(self, epoch: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -138,11 +137,6 @@ def test_two_evaluations_are_identical_and_complete(tiny, capsys):
     low, high = first["distilled_minus_student"]["ci95"]
     assert low <= right["distilled"] - right["student"] <= high
     assert (first["gap_closed"] is None) == ("Distillation closed" not in message)
-    assert len(first["undecided"]) == 4
-    for row in first["undecided"]:
-        assert row["label"] == test.classes[test.labels[row["image"]]] and len(row["classes"]) == 3
-        assert list(row["shares"]) == ["teacher", "teacher, T = 4", "student", "distilled"]
-        assert row["shares"]["teacher"] == sorted(row["shares"]["teacher"], reverse=True)
     assert "Not a fair comparison" not in message
 
 
@@ -264,29 +258,6 @@ def test_the_learning_curve_is_kept_over_interruptions(tiny, monkeypatch):
     assert curve == [{key: line[key] for key in keys[:-1]} for line in undisturbed]
 
 
-def test_without_matplotlib_one_line_says_how_to_get_pictures(tiny, monkeypatch, capsys):
-    train_student.main()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    evaluate.main()
-    assert "Install matplotlib to get results.png." in capsys.readouterr().out and not (tiny / "results.png").exists()
-
-
-def with_a_strange_name(split, synthetic=data.synthetic):
-    images, labels, classes = synthetic(split)
-    return images, labels, ["$_$", *classes[1:]]  # a formula to matplotlib
-
-
-def test_the_undecided_images_are_those_that_show_most_at_the_temperature():
-    right = torch.tensor([[6.0, 3.0, 0.0], [3.0, 2.9, 0.0], [30.0, 0.0, 0.0], [6.0, 4.5, 0.0], [3.0, 6.0, 0.0]])
-    students = {"student": right.flip(0), "distilled": right}
-    rows = evaluate.undecided({"teacher": right} | students, torch.zeros(5).long(), ("a", "b", "c"), 2.0)
-    seconds = [[(row / t).softmax(0)[1].item() for row in right[:4]] for t in (1, 2)]  # wrong on the last one
-    assert [row["image"] for row in rows] == sorted(range(4), key=lambda i: seconds[0][i] - seconds[1][i])
-    first = right[rows[0]["image"]]
-    assert rows[0]["classes"] == ["a", "b", "c"] and rows[0]["label"] == "a"
-    assert rows[0]["shares"]["teacher, T = 2"] == pytest.approx((first / 2).softmax(0).tolist())
-
-
 def test_test_images_that_were_trained_on_are_counted(tiny, monkeypatch, capsys):
     synthetic = data.synthetic
 
@@ -302,35 +273,6 @@ def test_test_images_that_were_trained_on_are_counted(tiny, monkeypatch, capsys)
     assert "7 of the test images are also among the training images." in capsys.readouterr().out
     results = json.loads((tiny / "results.json").read_text())
     assert results["models"]["student"]["test_images_trained_on"] == 7
-
-
-def test_the_pictures_show_the_figures(tiny, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib").Figure
-    drawn = []
-    init = figure.__init__
-
-    def spy(self, *arguments, **options):
-        init(self, *arguments, **options)
-        drawn.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figure, "__init__", spy)
-        monkeypatch.setattr(data, "synthetic", with_a_strange_name)
-        for script in (train_teacher, train_student, distill, evaluate):
-            script.main()
-    results = json.loads((tiny / "results.json").read_text())
-    assert (tiny / "results.png").read_bytes().startswith(b"\x89PNG")
-    learning, *undecided = drawn[0].axes
-    for line, row in zip(learning.get_lines(), results["models"].values(), strict=True):
-        assert line.get_ydata().tolist() == [100 * epoch["accuracy"] for epoch in row["curve"]]
-    assert len(undecided) == 8
-    shares = next(axes for axes in undecided if len(axes.patches) == 12)
-    widths = [bar.get_width() for bar in shares.patches]
-    assert widths == [100 * share for row in results["undecided"][0]["shares"].values() for share in row]
-    for count in (0, 1, 2, 3):  # as many test images as that
-        fewer = results | {"undecided": results["undecided"][:count]}
-        evaluate.draw(whole := figure(), fewer, np.zeros((100, 32, 32, 3)))
-        assert len(whole.axes) == 1 + 2 * count
 
 
 def test_a_hundred_classes(tiny, tmp_path, monkeypatch):
@@ -361,10 +303,9 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     clear = {"student": [0] * 40 + [1] * 60, "distilled": [0] * 20 + [1] * 80, "teacher": [0] * 10 + [1] * 90}
     results, message = comparison(clear)
     assert results["gap_closed"] == pytest.approx(20 / 30)
-    low, high = results["gap_closed_ci95"]
-    assert low < 20 / 30 < high and f"Distillation closed 67% ({low:.0%} to {high:.0%})" in message
+    assert "Distillation closed 67% of the gap of 30.00 points to the teacher." in message
     results, message = comparison(clear | {"distilled": [0] * 39 + [1] * 61})
-    assert results["gap_closed"] is None and results["gap_closed_ci95"] is None
+    assert results["gap_closed"] is None
     assert "Not significant: p = 1.00 (exact McNemar test)." in message and "gap" not in message
     few = {"student": [0, 0, 0, 0, 1], "distilled": [1] * 5, "teacher": [1] * 5}  # four of four are not enough
     assert "Not significant: p = 0.12" in comparison(few)[1] and comparison(few)[0]["gap_closed"] is None
@@ -372,33 +313,6 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     for change in ({"teacher": [0] * 39 + [1] * 61}, {"distilled": [0] * 60 + [1] * 40}):
         results, message = comparison(clear | change)
         assert results["gap_closed"] is None and "gap" not in message and "Not significant" not in message
-
-
-def test_the_share_of_the_gap_by_its_definition():
-    """At both ends of the interval the mean of gains - share * gaps is that many standard errors from zero."""
-    generator = np.random.default_rng(0)
-    gaps = generator.normal(5, 1, 6)
-    gains = 0.4 * gaps + generator.normal(0, 1, 6)
-    share, *ends = evaluate.gap_closed(torch.tensor(gains), torch.tensor(gaps), 2.57)
-    assert share == pytest.approx(gains.mean() / gaps.mean())
-    for end, sign in zip(ends, (1, -1)):
-        rest = gains - end * gaps
-        assert sign * rest.mean() == pytest.approx(2.57 * rest.std(ddof=1) / 6**0.5)
-    for noise in (gaps - 5, -gaps):  # no clear gap, or one to a teacher that is worse
-        assert evaluate.gap_closed(torch.tensor(gains), torch.tensor(noise), 2.57) is None
-
-
-def test_the_interval_of_the_share_holds_what_it_promises():
-    """Over repeated draws of test images, the interval holds the true share about 95 times of 100."""
-    generator, held = torch.Generator().manual_seed(0), 0
-    for _ in range(200):
-        kind = torch.multinomial(torch.tensor([0.05, 0.10, 0.05, 0.80]), 1000, replacement=True, generator=generator)
-        teacher, distilled, student = kind != 0, (kind == 1) | (kind == 3), (kind == 2) | (kind == 3)
-        gains, gaps = distilled.double() - student.double(), teacher.double() - student.double()
-        share, low, high = evaluate.gap_closed(gains, gaps)
-        assert share == pytest.approx((gains.sum() / gaps.sum()).item())
-        held += low <= (0.10 - 0.05) / 0.10 <= high
-    assert 180 <= held <= 200
 
 
 def test_students_trained_on_other_images_are_no_fair_comparison(tiny, monkeypatch, capsys):

@@ -146,6 +146,4 @@ def test_only_the_packages_of_the_requirements_are_imported():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                if name.startswith("matplotlib") and node.col_offset > 0:  # where it happens to be installed
-                    continue
                 assert name.split(".")[0] in required | own | set(sys.stdlib_module_names), f"{path.name}: {name}"
