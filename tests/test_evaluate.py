@@ -315,6 +315,17 @@ def test_no_share_of_the_gap_where_it_means_nothing():
         assert results["gap_closed"] is None and "gap" not in message and "Not significant" not in message
 
 
+def test_five_percent_is_the_level_of_significance():
+    student = [0] * 7 + [1] * 13
+    seven_of_eight, six_of_six = [1] * 7 + [0] + [1] * 12, [1] * 6 + [0] + [1] * 13  # p = 0.07 and 0.03
+    results, message = comparison({"student": student, "distilled": seven_of_eight, "teacher": six_of_six})
+    assert "Not significant: p = 0.07" in message and results["gap_closed"] is None
+    results, message = comparison({"student": student, "distilled": six_of_six, "teacher": seven_of_eight})
+    assert "Not significant" not in message and results["gap_closed"] is None
+    results, message = comparison({"student": student, "distilled": six_of_six, "teacher": six_of_six})
+    assert results["gap_closed"] == 1 and "Distillation closed 100% of the gap of 30.00 points" in message
+
+
 def test_students_trained_on_other_images_are_no_fair_comparison(tiny, monkeypatch, capsys):
     train_student.main()
     monkeypatch.setattr(data, "SYNTHETIC_IMAGES", {"train": 210, "test": 100})
