@@ -61,7 +61,7 @@ class ImageSet:
 
 
 def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
-    """The training images, TRAIN_IMAGES of those that are not set aside, and the hold-out (None if HOLD_OUT is 0)."""
+    """The training images (TRAIN_IMAGES of those not held out) and the hold-out (None if HOLD_OUT is 0)."""
     images, labels, classes = _read("train")
     held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
     rest = np.setdiff1d(np.arange(len(images)), held_out)
@@ -76,7 +76,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
 
 
 def load_test(device: torch.device | str) -> ImageSet:
-    """The test images. No training script calls this: nothing is chosen by looking at them."""
+    """The test images. No training script calls this, so that none chooses anything by them."""
     images, labels, classes = _read("test")
     return _image_set(images, labels, classes, np.arange(len(images)), device, "")
 

@@ -1,8 +1,8 @@
-"""Compares teacher, student and distilled student on the test images, which no other script reads.
+"""Compares teacher, student and distilled student on the test images, which no training script reads.
 
     python evaluate.py
 
-Prints a table and writes results.json beside the checkpoints. tests/draw.py draws what is in it.
+Prints a table and writes results.json beside the checkpoints. tests/draw.py draws pictures of it.
 """
 
 import json
@@ -35,9 +35,7 @@ def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, f
     differing, count = gained + lost, len(correct)
     mean = (gained - lost) / (count + 2)
     half = Z * math.sqrt(((differing + 1) / (count + 2) - mean**2) / (count + 2))
-    fewer = torch.arange(min(gained, lost) + 1, dtype=torch.float64)  # as few, or fewer, of the images that differ
-    ways = math.lgamma(differing + 1) - torch.lgamma(fewer + 1) - torch.lgamma(differing - fewer + 1)
-    p = min(1.0, 2 * (ways - differing * math.log(2)).exp().sum().item())
+    p = min(1.0, 2 * sum(math.comb(differing, fewer) for fewer in range(min(gained, lost) + 1)) / 2**differing)
     return 100 * (gained - lost) / count, max(-100.0, 100 * (mean - half)), min(100.0, 100 * (mean + half)), p
 
 
@@ -51,12 +49,12 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def multiply_accumulates(network: nn.Module, image: Tensor) -> int | None:
-    """Of the network's matrix products and convolutions for one image [1, 3, H, W]; None with recurrent layers, whose
-    fused kernels are not counted."""
+    """How many the network's matrix products and convolutions need for one image [1, 3, H, W]; None with recurrent
+    layers, whose fused kernels are not counted."""
     if any(isinstance(module, nn.RNNBase) for module in network.modules()):
         return None
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # nor are those of transformers: they are kept from being used
+    torch.backends.mha.set_fastpath_enabled(False)  # nor are those of transformers, so they are switched off
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(image)
     torch.backends.mha.set_fastpath_enabled(fused)

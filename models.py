@@ -31,17 +31,17 @@ TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon
-MUON_SCALE = 175.0  # Muon's peak step turns a kernel by LEARNING_RATE * MUON_SCALE / steps^MUON_POWER radians
-MUON_POWER = 0.75  # so the angle falls with the number of steps, which EPOCHS and BATCH_SIZE decide,
-MUON_STEPS = (288, 4800)  # between these two; measured there, see tests/experiments.md
+MUON_SCALE = 175.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / steps**MUON_POWER radians at its peak
+MUON_POWER = 0.75  # so the angle depends on how many steps the training has, by EPOCHS and BATCH_SIZE
+MUON_STEPS = (288, 4800)  # but not on fewer or more than these, where it was measured: tests/experiments.md
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
-BFLOAT16 = True  # bfloat16 products where the processor has them, twice as fast; False: float32 everywhere, no TF32
+BFLOAT16 = True  # bfloat16 products where the processor has them, up to twice as fast; False: float32, and no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
 
 PREDICTION_BATCH = {"cuda": 2000, "cpu": 125}  # images: what fills a GPU, what fits a CPU's cache
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
 FORMAT = 3  # of checkpoints, which hold tensors and plain values only
-TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moves them by 1e-6, an edit by 3e-3
+TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moved them by 5e-6, edits by 6e-4
 
 
 def teacher(classes: int) -> nn.Module:
@@ -92,7 +92,7 @@ class Stage(nn.Module):
 def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
-    Another one shows before whether it gives logits and can be trained. Under torchrun each gradient is averaged over
+    Another one is tried before: does it give logits, can it be trained? Under torchrun each gradient is averaged over
     all processes by hooks, which unlike DistributedDataParallel leave no wrapper that a script could forget to call.
     """
     classes, source = len(train.classes), f"{make.__name__}() in models.py"
@@ -120,7 +120,8 @@ def check_logits(network: nn.Module, classes: int, source: str, training: bool =
     Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
     """
     blocks = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)  # of 8x8 pixels
-    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE].copy())
+    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE])
+    pictures = pictures.contiguous(memory_format=torch.channels_last)  # as in training
     logits = network.train(training)(pictures) if isinstance(network, nn.Module) else None
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -192,9 +193,9 @@ class Muon(torch.optim.SGD):
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one whose singular values are
     all the same, so that few large directions do not drown the others. It takes every `nn.Conv2d` without a bias, which
     a normalisation is expected to follow, but the first and those in groups. A kernel keeps the norm with which it
-    starts (in a `Stage` sqrt(outputs)), so the learning rate is an angle: at LEARNING_RATE = 0.1 0.25 radians at the
-    peak of 288 steps or fewer, 0.03 of 4,800 or more, and EPOCHS changes it too. Weight decay is for the other weights
-    only, not for biases and norms. torch.optim.Muon takes matrices only.
+    starts; in a `Stage` it is set to sqrt(outputs). So the learning rate is an angle: with LEARNING_RATE = 0.1 it is
+    0.25 radians at the peak of 288 steps or fewer and 0.03 at that of 4,800 or more. Weight decay is for the other
+    weights only, not for biases and norms. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
@@ -228,7 +229,7 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The matrix [M, N] with the singular vectors of `matrix`, and with singular values of 0.3 to 1.3 where those of
+    """The matrix [M, N] with the singular vectors of `matrix`, and with singular values of 0.25 to 1.25 where those of
     `matrix` are within a factor of ten; smaller ones stay smaller. By three Newton-Schulz steps (Jordan et al. 2024).
     """
     if len(matrix) > matrix.shape[1]:
@@ -326,7 +327,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
         "format": FORMAT,
         "network": "teacher" if name == "teacher" else "student",
         "state_dict": network.state_dict(),
-        "answers": first if torch.equal(first, second) else None,  # a random network cannot be asked
+        "answers": first if torch.equal(first, second) else None,  # of a network that answers at random
         "dataset": train.dataset,
         "size": data.SIZE,
         "image_hashes": data.image_hashes(train.images),
@@ -377,7 +378,7 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
 
 
 def moved_from(folder: Path, fingerprint: str) -> str:
-    """A sentence about checkpoints of the same training images, whose folder was elsewhere then; "" without any."""
+    """A sentence that names a folder of checkpoints of the same images, made at another path; "" without one."""
     name = glob.escape(folder.name.rpartition("-")[0])
     for path in folder.parent.glob(f"{name}-*/*.pt"):
         if path.parent != folder and (load_if_there(path) or {}).get("recipe", {}).get("images") == fingerprint:
@@ -451,7 +452,7 @@ def code_hash(file: str, recipe: dict) -> str:
 def differences(first: dict, second: dict) -> str:
     """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), HOLD_OUT (0, 1000)"."""
     names = [name for name in first | second if first.get(name) != second.get(name)]
-    names = [name for name in names if " of group " not in name] or names  # which mostly follow from the others
+    names = [name for name in names if " of group " not in name] or names  # groups mostly follow from the constants
     return ", ".join(f"{name} ({first.get(name)}, {second.get(name)})" for name in names)
 
 

@@ -25,7 +25,7 @@ COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
 
 def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
     """Of the images on which the teacher is right, the UNDECIDED ones whose second class gains most probability at the
-    temperature that taught: there its answer says most of what the label does not say.
+    temperature of the distillation: there its softened answer adds most to the label.
 
     For each the teacher's three likeliest classes, with their probabilities according to all networks.
     """
@@ -82,6 +82,8 @@ def main() -> None:
     results, logits = json.loads((folder / "results.json").read_text(encoding="utf-8")), {}
     for name in models.SCRIPTS:
         network, checkpoint = models.load_checkpoint(name, test.dataset, test)
+        if results["models"].get(name, {}).get("fingerprint") != data.fingerprint(*network.state_dict().values()):
+            raise SystemExit(f"{folder / 'results.json'} is older than {name}.pt: run python evaluate.py.")
         logits[name] = models.predict(name, network, test).cpu()
     temperature = checkpoint["recipe"].get("TEMPERATURE", 1)
     rows = undecided(logits, test.labels.cpu(), test.classes, temperature)

@@ -2,14 +2,14 @@
 
     DATASET=synthetic python tests/seeds.py
 
-Seed s of teacher, student and distilled student alike; the two students start from the same weights and see the same
-batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
+Teacher, student and distilled student all use the same seed; the two students start from the same weights and see the
+same batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
 trained again, so that an interrupted series goes on where it was. Networks of other constants, or of other code in
 their own script, are not used: the series names their files, and ends.
 
 With HOLD_OUT in data.py above 0 the figures are those of the hold-out, and no test image is read: to choose constants.
-The difference is also pooled over seeds and images, which tells more than three seeds do by themselves. All figures are
-written to <dataset>.json beside the seeds' folders.
+The difference is also pooled over the seeds, with an interval over the images, which holds for these networks only. All
+figures are written to <dataset>.json beside the seeds' folders.
 
 To compare two ways to distil, run the series, copy the teachers into another CHECKPOINT_DIR (seed-<s>/<dataset>/
 teacher.pt), edit distill.py, and run the series there with AGAINST = the first CHECKPOINT_DIR: its distilled students
@@ -46,6 +46,8 @@ def results_of(seed: int, root: Path) -> dict:
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
     path = models.checkpoint_dir(data.dataset_name()) / "results.json"
     for name, script in TRAININGS.items():
+        if AGAINST and name == "student":  # put_against gives another one
+            continue
         if not (path.parent / f"{name}.pt").is_file():
             path.unlink(missing_ok=True)
             script.SEED = seed
@@ -56,15 +58,19 @@ def results_of(seed: int, root: Path) -> dict:
 
 
 def check_recipes(root: Path, device: torch.device) -> None:
-    """Ends the series if it has networks of other constants or scripts than now, before hours are lost."""
-    others, edited, images = [], set(), set()
+    """Ends the series if it has networks of other constants, scripts or images than now, before hours are lost."""
+    others, edited, images = [], set(), {data.load_train("cpu")[0].fingerprint}
     for name, script in TRAININGS.items():
         now = models.make_recipe(vars(script), device)
-        for path in (root / f"seed-{seed}" / data.dataset_name() / f"{name}.pt" for seed in SEEDS):
-            recipe = (models.load_if_there(path) or {}).get("recipe", {})
-            if "models.py" not in recipe:  # no network yet, or one from elsewhere
+        for seed in SEEDS:
+            os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
+            path = models.checkpoint_dir(data.dataset_name()) / f"{name}.pt"
+            if not path.is_file():
                 continue
+            recipe = models.load_checkpoint(name, path.parent.name)[1]["recipe"]  # ends where models.py makes another
             images.add(recipe["images"])
+            if "models.py" not in recipe:  # a network from elsewhere
+                continue
             compared = now.keys() - {"SEED", "models.py", "data.py"}
             if any(recipe.get(key) != now[key] for key in compared):
                 others.append(str(path))
@@ -73,7 +79,7 @@ def check_recipes(root: Path, device: torch.device) -> None:
         wanted = "Delete them, and the distilled.pt of each teacher.pt among them, or name another CHECKPOINT_DIR"
         raise SystemExit(f"Trained with other constants than now, or by another script: {', '.join(others)}. {wanted}.")
     if len(images) > 1:
-        raise SystemExit(f"The networks in {root} were not all trained on the same images.")
+        raise SystemExit(f"Some networks in {root} were trained on other images than there are now.")
     for file in sorted(edited):
         print(f"{file} was edited since some of these networks were trained.")
 
@@ -91,7 +97,7 @@ def put_against(run: dict, seed: int) -> None:
 
 
 def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
-    """Of teacher, student and distilled student on each image whether it is right, in %, and its loss: [3, 2, N]."""
+    """For each of the three networks: whether each image is right, in %, and its loss: [3, 2, N]."""
     figures = []
     for name in models.SCRIPTS:
         place, name = (Path(AGAINST), "distilled") if AGAINST and name == "student" else (root, name)

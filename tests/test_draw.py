@@ -61,3 +61,7 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
     for count in (0, 1, 2, 3):  # as many test images as that
         whole(fewer := Figure(), results, rows[:count], np.zeros((100, 32, 32, 3)))
         assert len(fewer.axes) == 1 + 2 * count
+    monkeypatch.setattr(train_student, "SEED", 1)
+    train_student.main()
+    with pytest.raises(SystemExit, match="results.json is older than student.pt: run python evaluate.py"):
+        draw.main()

@@ -774,8 +774,24 @@ def no_widths(classes):
     return models.ConvNet(classes, ())
 
 
+class Viewed(nn.Module):
+    """Fails with images that are channels-last in memory, as those are that it is trained on."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, stride=8), nn.Linear(64, classes)
+
+    def forward(self, images):
+        return self.head(self.conv(images).view(len(images), -1))
+
+
+def views(classes):
+    return Viewed(classes)
+
+
 @pytest.mark.parametrize("make, shown", [
     (fails_by_itself, "my own error"),
+    (views, "view size is not compatible"),
     (needs_the_internet, "no route to host"),
     (needs_larger_images, "Kernel size"),
     (frozen, "does not require grad"),

@@ -138,6 +138,21 @@ def test_the_figures_of_other_constants_are_not_printed_again(series, monkeypatc
         series()
 
 
+@pytest.mark.parametrize(
+    "module, name, value, message",
+    [
+        (data, "SYNTHETIC_IMAGES", {"train": 180, "test": 100}, "were trained on other images than there are now"),
+        (models, "STUDENT_WIDTHS", (4, 4, 6, 6), "makes another network than .*seed-0.*student.pt holds"),
+    ],
+)
+def test_networks_of_other_images_or_layers_are_not_mixed_in(module, name, value, message, series, monkeypatch):
+    series()
+    monkeypatch.setattr(seeds, "SEEDS", range(3))
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(SystemExit, match=message):
+        series()
+
+
 def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, monkeypatch):
     series()
     monkeypatch.setattr(data, "HOLD_OUT", 40)
@@ -190,6 +205,7 @@ def test_two_ways_to_distil_are_compared(series, tiny, tmp_path, monkeypatch, ca
     capsys.readouterr()
     seeds.main()
     message, written = capsys.readouterr().out, json.loads((other / "synthetic.json").read_text())
+    assert not list(other.glob("*/*/student.pt"))
     assert f"student: the distilled one in {root}" in message
     assert written["models"]["student"] == before["distilled"] and written["models"]["teacher"] == before["teacher"]
     right = [100 * np.array(written["models"][name]["accuracy"]) for name in ("distilled", "student")]
