@@ -311,7 +311,8 @@ def test_no_share_of_the_gap_where_it_means_nothing():
     few = {"student": [0, 0, 0, 0, 1], "distilled": [1] * 5, "teacher": [1] * 5}  # four of four are not enough
     assert "Not significant: p = 0.12" in comparison(few)[1] and comparison(few)[0]["gap_closed"] is None
     assert "The distilled student is significantly worse." in comparison(clear | {"distilled": [0] * 60 + [1] * 40})[1]
-    for change in ({"teacher": [0] * 39 + [1] * 61}, {"distilled": [0] * 60 + [1] * 40}):
+    worse = [0] * 60 + [1] * 40
+    for change in ({"teacher": [0] * 39 + [1] * 61}, {"teacher": worse}, {"distilled": worse}):
         results, message = comparison(clear | change)
         assert results["gap_closed"] is None and "gap" not in message and "Not significant" not in message
 
