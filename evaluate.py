@@ -35,7 +35,8 @@ def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, f
     differing, count = gained + lost, len(correct)
     mean = (gained - lost) / (count + 2)
     half = Z * math.sqrt(((differing + 1) / (count + 2) - mean**2) / (count + 2))
-    p = min(1.0, 2 * sum(math.comb(differing, fewer) for fewer in range(min(gained, lost) + 1)) / 2**differing)
+    coin = torch.distributions.Binomial(*torch.tensor([differing, 0.5], dtype=torch.float64))
+    p = min(1.0, 2 * coin.log_prob(torch.arange(min(gained, lost) + 1, dtype=torch.float64)).exp().sum().item())
     return 100 * (gained - lost) / count, max(-100.0, 100 * (mean - half)), min(100.0, 100 * (mean + half)), p
 
 
@@ -72,8 +73,8 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[1:])
 
 
-def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
-    """The figures of one network, and its logits for the test images [N, classes] on the CPU."""
+def measure(name: str, test: ImageSet, image_hashes: Tensor) -> tuple[dict, Tensor]:
+    """The figures of one network, and its logits [N, classes] on the CPU. image_hashes: data.image_hashes(images)."""
     network, checkpoint = models.load_checkpoint(name, test.dataset, test)
     logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
     batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
@@ -89,7 +90,7 @@ def measure(name: str, test: ImageSet) -> tuple[dict, Tensor]:
         "fingerprint": data.fingerprint(*network.state_dict().values()),
         "recipe": checkpoint["recipe"],
         "curve": checkpoint["curve"],
-        "test_images_trained_on": torch.isin(data.image_hashes(test.images), checkpoint["image_hashes"]).sum().item(),
+        "test_images_trained_on": torch.isin(image_hashes, checkpoint["image_hashes"]).sum().item(),
     }
     return figures, logits
 
@@ -138,9 +139,10 @@ def main() -> None:
     device = models.setup()
     test = data.load_test(device)
     labels, folder, figures, logits = test.labels.cpu(), models.checkpoint_dir(test.dataset), {}, {}
+    image_hashes = data.image_hashes(test.images)
     for name, script in models.SCRIPTS.items():
         if (folder / f"{name}.pt").exists():
-            figures[name], logits[name] = measure(name, test)
+            figures[name], logits[name] = measure(name, test, image_hashes)
         else:
             print(f"No {name} checkpoint: run python {script}.")
     if not figures:

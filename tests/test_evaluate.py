@@ -34,7 +34,7 @@ def test_paired_difference():
     assert mean == 0 and low == -high and p == 1
 
 
-@pytest.mark.parametrize("gained, lost", [(4, 0), (0, 4), (1, 4), (30, 12), (5, 5), (400, 350), (3000, 2000)])
+@pytest.mark.parametrize("gained, lost", [(4, 0), (0, 4), (1, 4), (30, 12), (5, 5), (400, 350), (6000, 4000)])
 def test_significance_is_mcnemars_exact_test(gained, lost):
     correct = torch.cat([torch.ones(gained), torch.zeros(lost), torch.ones(3)]).bool()
     before = torch.cat([torch.zeros(gained), torch.ones(lost), torch.ones(3)]).bool()
@@ -45,9 +45,8 @@ def test_significance_is_mcnemars_exact_test(gained, lost):
 
 
 @pytest.mark.parametrize("count", [9, 50, 10_000])
-def test_the_interval_of_the_difference_holds_what_it_promises(count, monkeypatch):
+def test_the_interval_of_the_difference_holds_what_it_promises(count):
     """Over repeated draws it holds the true difference, 10 points, in about 95 cases of 100; never in far fewer."""
-    monkeypatch.setattr(math, "comb", lambda *_: 0)  # the probability takes far longer and is not looked at here
     chances, held, generator = [0.2, 0.1, 0.7], 0, np.random.default_rng(0)
     for gained, lost, _ in generator.multinomial(count, chances, 400):
         correct, before = torch.ones(count).bool(), torch.ones(count).bool()
