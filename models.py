@@ -30,7 +30,7 @@ from data import RANK, WORLD_SIZE, ImageSet
 TEACHER_WIDTHS = (24, 64, 256, 256)  # channels: of the stem, then of each stage, which halves the resolution
 STUDENT_WIDTHS = (24, 16, 64, 96)  # a tenth of the teacher's parameters and multiply-accumulates, at most
 MOMENTUM = 0.9  # of SGD, Nesterov's
-MUON_MOMENTUM = 0.6  # of Muon
+MUON_MOMENTUM = 0.6  # of Muon, Nesterov's too
 MUON_SCALE = 175.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / steps**MUON_POWER radians at its peak
 MUON_POWER = 0.75  # so the angle depends on how many steps the training has, by EPOCHS and BATCH_SIZE
 MUON_STEPS = (288, 4800)  # but not on fewer or more than these, where it was measured: tests/experiments.md
@@ -193,38 +193,44 @@ class Muon(torch.optim.SGD):
     Muon replaces a kernel's step, as a matrix [outputs, inputs * H * W], by the nearest one whose singular values are
     all the same, so that few large directions do not drown the others. It takes every `nn.Conv2d` without a bias, which
     a normalisation is expected to follow, but the first and those in groups. A kernel keeps the norm with which it
-    starts; in a `Stage` it is set to sqrt(outputs). So the learning rate is an angle: with LEARNING_RATE = 0.1 it is
-    0.25 radians at the peak of 288 steps or fewer and 0.03 at that of 4,800 or more. Weight decay is for the other
-    weights only, not for biases and norms. torch.optim.Muon takes matrices only.
+    starts, so the learning rate is an angle: with LEARNING_RATE = 0.1 it is 0.25 radians at the peak of 288 steps or
+    fewer and 0.03 at that of 4,800 or more. Weight decay is for the other weights only, not for biases and norms.
+    torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
-        parameters, modules = list(network.parameters()), list(network.modules())
-        layers = [module for module in modules if isinstance(module, nn.Conv2d)][1:]
-        kernels = {layer.weight for layer in layers if layer.bias is None and layer.groups == 1}
-        turned = [p for p in parameters if p in kernels and p.any()]  # a kernel of zeros could not turn
-        ours = {parameter for stage in modules if isinstance(stage, Stage) for parameter in stage.parameters()}
-        self.norms = {kernel: len(kernel) ** 0.5 if kernel in ours else kernel.detach().norm() for kernel in turned}
+        self.norms = {}  # kernel: its norm
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        for convolution in convolutions[1:]:
+            kernel = convolution.weight
+            normalised = convolution.bias is None and convolution.groups == 1
+            if normalised and isinstance(kernel, nn.Parameter) and kernel.any():  # one of zeros could not turn
+                self.norms[kernel] = kernel.detach().norm()
+        others = [parameter for parameter in network.parameters() if parameter not in self.norms]
         fewest, most = MUON_STEPS
         angle = learning_rate * MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER
         groups = [
-            {"params": [*self.norms], "lr": angle, "momentum": 0.0, "nesterov": False},
-            {"params": [p for p in parameters if p not in self.norms and p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p not in self.norms and p.ndim <= 1]},
+            {"params": list(self.norms), "lr": angle, "momentum": MUON_MOMENTUM},
+            {"params": [parameter for parameter in others if parameter.ndim > 1], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in others if parameter.ndim <= 1]},
         ]
         super().__init__(groups, learning_rate, momentum=MOMENTUM, nesterov=True)
 
     @torch.no_grad()
     def step(self) -> None:
+        group = self.param_groups[0]
         for kernel, norm in self.norms.items():
-            if kernel.grad is not None:
-                state = self.state[kernel]
-                if "muon_momentum" not in state:
-                    state["muon_momentum"] = torch.zeros_like(kernel)
-                state["muon_momentum"].mul_(MUON_MOMENTUM).add_(kernel.grad)
-                step = kernel.grad.add(state["muon_momentum"], alpha=MUON_MOMENTUM).flatten(1)
-                kernel.grad = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
-                kernel.mul_(norm / kernel.norm().clamp(min=1e-7))
+            if kernel.grad is None:
+                continue
+            if not self.state[kernel]:
+                self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
+            momentum = self.state[kernel]["momentum_buffer"]
+            momentum.mul_(group["momentum"]).add_(kernel.grad)
+            step = kernel.grad.add(momentum, alpha=group["momentum"]).flatten(1)
+            turn = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
+            kernel.mul_(norm / kernel.norm().clamp(min=1e-7))
+            kernel.sub_(turn, alpha=group["lr"])
+            kernel.grad = None  # done: what is left is for SGD
         super().step()
 
 
