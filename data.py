@@ -46,7 +46,8 @@ class ImageSet:
     """One split of a dataset, whole, on one device.
 
     images: uint8 [N, SIZE, SIZE, 3]. labels: int64 [N]. index: int64 [N], each image's number in the whole split, which
-    its views follow from. fingerprint: of the training images and their labels; "" for test images.
+    its views follow from. fingerprint: of the training images and their labels, which a hold-out has too; None for test
+    images.
     """
 
     dataset: str
@@ -54,7 +55,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     index: Tensor
-    fingerprint: str
+    fingerprint: str | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,7 +79,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
 def load_test(device: torch.device | str) -> ImageSet:
     """The test images. No training script calls this, so that none chooses anything by them."""
     images, labels, classes = _read("test")
-    return _image_set(images, labels, classes, np.arange(len(images)), device, "")
+    return _image_set(images, labels, classes, np.arange(len(images)), device, None)
 
 
 def batches(

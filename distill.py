@@ -45,15 +45,16 @@ def distillation_loss(
 
 def main() -> None:
     device = models.setup()
-    recipe = models.make_recipe(globals(), device)
+    models.check_constants(globals())
     train, hold_out = data.load_train(device)
     teacher, _ = models.load_checkpoint("teacher", train.dataset, train)
-    recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
     student = models.new_network(models.student, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    run = models.Run("distilled", student, optimizer, schedule, recipe, train, hold_out)
+    recipe = models.make_recipe(globals(), train, optimizer, schedule)
+    recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
+    run = models.Run("distilled", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, SEED)
     teacher_logits = models.predict("teacher", teacher, train, mirror=data.MIRROR)  # one answer per image, not per view
     right = models.accuracy(teacher_logits, train.labels)
     print(f"teacher: {models.parameter_count(teacher):,} parameters, right on {right:.2%} of the training images")
@@ -68,6 +69,8 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             run.update(loss, logits, labels)
+        if hold_out or epoch + 1 == EPOCHS:
+            models.renew_statistics(student, data.batches(train, BATCH_SIZE, epoch, SEED))
     run.save()
 
 

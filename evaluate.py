@@ -22,22 +22,26 @@ from data import ImageSet
 
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
+FEWEST = 10  # images on which two networks must differ before a difference is called significant
+ONLY_DISTILLATION = ("TEMPERATURE", "KD_WEIGHT", "TEACHER_WIDTHS", "teacher")  # what a student alone does not depend on
 
 
-def paired_difference(correct: Tensor, correct_before: Tensor) -> tuple[float, float, float, float]:
-    """How much more often `correct` [N] is true than `correct_before` [N] on the same images, in points, with its 95 %
-    interval, and the probability of a difference as large by chance: (difference, low, high, p).
+def paired_difference(correct: Tensor, baseline: Tensor) -> tuple[float, float, float, int]:
+    """How much more often `correct` [N] is true than `baseline` [N] on the same images, in points, with its 95 %
+    interval, and on how many images they differ: (difference, low, high, differing).
 
     The interval is that of Agresti and Min 2005 (doi:10.1002/sim.1781): half an image more of each of the four kinds
-    makes it hold for few images too. p: by the exact test of McNemar 1947, on the images on which they differ.
+    makes it hold for few images too.
     """
-    gained, lost = (correct & ~correct_before).sum().item(), (correct_before & ~correct).sum().item()
-    differing, count = gained + lost, len(correct)
-    mean = (gained - lost) / (count + 2)
-    half = Z * math.sqrt(((differing + 1) / (count + 2) - mean**2) / (count + 2))
-    coin = torch.distributions.Binomial(*torch.tensor([differing, 0.5], dtype=torch.float64))
-    p = min(1.0, 2 * coin.log_prob(torch.arange(min(gained, lost) + 1, dtype=torch.float64)).exp().sum().item())
-    return 100 * (gained - lost) / count, max(-100.0, 100 * (mean - half)), min(100.0, 100 * (mean + half)), p
+    gained = (correct & ~baseline).sum().item()
+    lost = (baseline & ~correct).sum().item()
+    count = len(correct) + 2
+    mean = (gained - lost) / count
+    variance = (gained + lost + 1) / count - mean**2
+    half = Z * math.sqrt(variance / count)
+    low = max(-100.0, 100 * (mean - half))
+    high = min(100.0, 100 * (mean + half))
+    return 100 * (gained - lost) / len(correct), low, high, gained + lost
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -73,12 +77,14 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[1:])
 
 
-def measure(name: str, test: ImageSet, image_hashes: Tensor) -> tuple[dict, Tensor]:
+def measure(name: str, images: ImageSet, image_hashes: Tensor) -> tuple[dict, Tensor]:
     """The figures of one network, and its logits [N, classes] on the CPU. image_hashes: data.image_hashes(images)."""
-    network, checkpoint = models.load_checkpoint(name, test.dataset, test)
-    logits, labels = models.predict(name, network, test).cpu(), test.labels.cpu()
-    batch = torch.rand(models.PREDICTION_BATCH[test.labels.device.type], 3, data.SIZE, data.SIZE)
-    batch = batch.to(test.labels.device, memory_format=torch.channels_last)
+    network, checkpoint = models.load_checkpoint(name, images.dataset, images)
+    logits = models.predict(name, network, images).cpu()
+    labels = images.labels.cpu()
+    device = images.labels.device
+    batch = torch.rand(models.PREDICTION_BATCH[device.type], 3, data.SIZE, data.SIZE)
+    batch = batch.to(device, memory_format=torch.channels_last)
     figures = {
         "accuracy": models.accuracy(logits, labels),
         "loss": F.cross_entropy(logits, labels).item(),
@@ -100,46 +106,64 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
 
     Adds to the figures of each network its agreement with the teacher.
     """
-    results, sentences = {"distilled_minus_student": None, "gap_closed": None}, []
-    correct = {name: answers.argmax(1) == labels for name, answers in logits.items()}
-    if "teacher" in logits:
-        for name, row in figures.items():
+    results = {"distilled_minus_student": None, "gap_closed": None}
+    correct = {}
+    for name, row in figures.items():
+        correct[name] = logits[name].argmax(1) == labels
+        if "teacher" in logits:
             row["agreement_with_teacher"] = models.accuracy(logits[name], logits["teacher"].argmax(1))
     if not {"student", "distilled"} <= figures.keys():
-        return results, sentences
-    points, low, high, p = paired_difference(correct["distilled"], correct["student"])
-    results["distilled_minus_student"] = {"points": points, "ci95": [low, high], "p": p}
-    sentences.append(f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}.")
-    if p >= 0.05:
-        sentences.append(f"Not significant: p = {p:.2f} (exact McNemar test).")
+        return results, []
+    points, low, high, differing = paired_difference(correct["distilled"], correct["student"])
+    results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
+    sentences = [f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."]
+    if differing < FEWEST:
+        sentences.append("Not significant: fewer than ten images differ.")
+    elif low <= 0 <= high:
+        sentences.append("Not significant: the interval includes 0.")
     elif points < 0:
         sentences.append("The distilled student is significantly worse.")
     elif "teacher" in correct:
-        gap, *_, p = paired_difference(correct["teacher"], correct["student"])
-        if p < 0.05 and gap > 0:
+        gap, low, _, differing = paired_difference(correct["teacher"], correct["student"])
+        if low > 0 and differing >= FEWEST:
             results["gap_closed"] = points / gap
             sentences.append(f"Distillation closed {points / gap:.0%} of the gap of {gap:.2f} points to the teacher.")
-    recipe, distilled_recipe = (figures[name]["recipe"] for name in ("student", "distilled"))
-    constants = {name: value for name, value in recipe.items() if not name.endswith(".py")}  # not the hashes of code
-    if differing := models.differences(constants, {name: distilled_recipe.get(name) for name in constants}):
+    return results, sentences + doubts(figures)
+
+
+def doubts(figures: dict[str, dict]) -> list[str]:
+    """Sentences that name whatever the two students' trainings differ in but distillation itself, and networks that
+    were trained by other scripts, or by another teacher, than those that lie here now.
+    """
+    sentences = []
+    recipe = figures["student"]["recipe"]
+    distilled_recipe = figures["distilled"]["recipe"]
+    settings = []
+    for each in (recipe, distilled_recipe):
+        settings.append({name: each[name] for name in each if name not in ONLY_DISTILLATION and ".py" not in name})
+    differing = models.differences(*settings)
+    if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
-    for file in ("models.py", "data.py"):
-        if recipe.get(file) != distilled_recipe.get(file):
+    for file in recipe:
+        if ".py" in file and recipe[file] != distilled_recipe.get(file, recipe[file]):
             sentences.append(f"Perhaps not a fair comparison: {file} was edited between the two trainings.")
-    for name, script in models.SCRIPTS.items():
-        hashes = figures[name]["recipe"] if name in figures else {}
-        if script in hashes and hashes[script] != models.code_hash(script, hashes):
+    for name, row in figures.items():
+        script = models.SCRIPTS[name]
+        then = row["recipe"].get(script)
+        if then and then != models.code_hash(models.ROOT / script, row["recipe"]):
             sentences.append(f"{name}.pt was trained by another {script} than this one.")
     if "teacher" in figures and distilled_recipe.get("teacher") != figures["teacher"]["fingerprint"]:
         sentences.append("distilled.pt was distilled from another teacher than teacher.pt: run python distill.py.")
-    return results, sentences
+    return sentences
 
 
 def main() -> None:
     device = models.setup()
     test = data.load_test(device)
-    labels, folder, figures, logits = test.labels.cpu(), models.checkpoint_dir(test.dataset), {}, {}
+    folder = models.checkpoint_dir(test.dataset)
     image_hashes = data.image_hashes(test.images)
+    figures = {}
+    logits = {}
     for name, script in models.SCRIPTS.items():
         if (folder / f"{name}.pt").exists():
             figures[name], logits[name] = measure(name, test, image_hashes)
@@ -147,11 +171,18 @@ def main() -> None:
             print(f"No {name} checkpoint: run python {script}.")
     if not figures:
         raise SystemExit(f"There is nothing to evaluate in {folder}.")
-    comparison, sentences = compare(figures, logits, labels)
-    results = {"dataset": test.dataset, "split": "hold-out" if test.fingerprint else "test", "test_images": len(test)}
-    results |= {"device": device.type, "torch": torch.__version__, "models": figures} | comparison
-    if known := max(part["test_images_trained_on"] for part in figures.values()):
-        sentences.append(f"{known} of the {results['split']} images are also among the training images.")
+    comparison, sentences = compare(figures, logits, test.labels.cpu())
+    known = max(row["test_images_trained_on"] for row in figures.values())
+    if known:
+        sentences.append(f"{known} of the test images are also among the training images.")
+    results = {
+        "dataset": test.dataset,
+        "device": device.type,
+        "torch": torch.__version__,
+        "test_images": len(test),
+        "models": figures,
+    }
+    results |= comparison
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     models.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
@@ -160,15 +191,15 @@ def main() -> None:
 
 def show(results: dict, sentences: list[str]) -> None:
     """Prints the figures of all networks and the sentences of `compare`."""
-    print(f"\n{results['test_images']:,} {results['split']} images of {results['dataset']}, on {results['device']}\n")
-    row = "{:10}{:>12}{:>8}{:>7}{:>13}{:>15}{:>15}{:>11}".format
-    print(row("", "accuracy %", "loss", "ECE %", "agreement %", "parameters", "MACs", "images/s"))
-    for name, part in results["models"].items():
-        share = f"{100 * part['accuracy']:.2f}"
-        agreement = part["agreement_with_teacher"]
-        agreement = "-" if agreement is None else f"{100 * agreement:.2f}"
-        cost = (f"{part[key]:,.0f}" if part[key] else "-" for key in ("parameters", "macs", "images_per_second"))
-        print(row(name, share, f"{part['loss']:.4f}", f"{100 * part['ece']:.2f}", agreement, *cost))
+    print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
+    print("            accuracy %    loss  ECE %  agreement %     parameters           MACs   images/s")
+    for name, row in results["models"].items():
+        agreement = row["agreement_with_teacher"]
+        line = f"{name:10}{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}"
+        line += f"{'-':>13}" if agreement is None else f"{100 * agreement:13.2f}"
+        line += f"{row['parameters']:15,}"
+        line += f"{'-':>15}" if row["macs"] is None else f"{row['macs']:15,}"
+        print(f"{line}{row['images_per_second']:11,.0f}")
     print("", *sentences, sep="\n")
 
 

@@ -1,20 +1,19 @@
-"""The networks, and what every script does with one: device, optimizer, checkpoints, resumable training.
+"""The networks, and what every script does with one, in sections: networks; optimizer and schedule; device, precision,
+processes; making, trying and asking a network; a training's progress; files; what a training was.
 
 Anything that maps images [B, 3, SIZE, SIZE], 0 to 1, to logits [B, classes] can be returned by teacher() or student().
 """
 
 import ast
 import contextlib
-import glob
 import itertools
 import json
 import math
 import os
 import random
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +37,41 @@ WARM_UP = 0.2  # share of the steps over which the learning rate rises to its pe
 BFLOAT16 = True  # bfloat16 products where the processor has them, up to twice as fast; False: float32, and no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
 
+ROOT = Path(__file__).resolve().parent
 PREDICTION_BATCH = {"cuda": 2000, "cpu": 125}  # images: what fills a GPU, what fits a CPU's cache
 SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distilled": "distill.py"}
-FORMAT = 3  # of checkpoints, which hold tensors and plain values only
+OUR_FILES = {*SCRIPTS.values(), "evaluate.py", "data.py", "models.py"}
+FORMAT = 4  # of checkpoints, which hold tensors and plain values only
 TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moved them by 5e-6, edits by 6e-4
+LIMITS = {  # constant: type, least, most
+    "HOLD_OUT": (int, 0, math.inf),
+    "TRAIN_IMAGES": (int, 0, math.inf),
+    "SIZE": (int, 16, 256),
+    "SHIFT": (int, 0, data.SIZE - 1),
+    "WARM_UP": (float, 0, 1),
+    "SEED": (int, 0, 2**32 - 1),  # numpy's generators take seeds in words of 32 bits
+    "EPOCHS": (int, 1, math.inf),
+    "BATCH_SIZE": (int, 2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
+    "LEARNING_RATE": (float, 1e-12, 1e35),
+    "WEIGHT_DECAY": (float, 0, 1e38),
+    "LABEL_SMOOTHING": (float, 0, 1),
+    "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
+    "KD_WEIGHT": (float, 0, 1),
+}
+NOT_IN_RECIPE = {  # constants that change no training, or that the fingerprint of the images stands for
+    "DATASET",
+    "SYNTHETIC_IMAGES",
+    "DATA_DIR",
+    "CHECKPOINT_DIR",
+    "PREDICTION_BATCH",
+    "SCRIPTS",
+    "LAUNCHED",
+    "RANK",
+    "BAR",
+}
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
 
 
 def teacher(classes: int) -> nn.Module:
@@ -89,102 +119,7 @@ class Stage(nn.Module):
         return F.relu_(self.norm2(self.conv2(features)))
 
 
-def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
-    """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
-
-    Another one is tried before: does it give logits, can it be trained? Under torchrun each gradient is averaged over
-    all processes by hooks, which unlike DistributedDataParallel leave no wrapper that a script could forget to call.
-    """
-    classes, source = len(train.classes), f"{make.__name__}() in models.py"
-    try:
-        tried = make(classes)
-        check_logits(tried, classes, source)
-        check_logits(tried, classes, source, training=True).sum().backward()  # an error where all is frozen
-        seed_random_numbers(seed)
-        network = make(classes)
-        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters()):
-            check_logits(network, classes, source)  # gives lazy layers their shapes
-    except Exception as error:  # of anybody's own network
-        raise RuntimeError(f"{source} makes a network that fails as shown above.") from error
-    network.to(train.labels.device, memory_format=torch.channels_last)
-    if WORLD_SIZE > 1:
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda parameter: average_over_processes(parameter.grad))
-    return network
-
-
-def check_logits(network: nn.Module, classes: int, source: str, training: bool = False) -> Tensor:
-    """The network's logits [2, classes] for two fixed pictures of random colours, in float32 on the CPU.
-
-    Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
-    """
-    blocks = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)  # of 8x8 pixels
-    pictures = torch.from_numpy(blocks.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE])
-    pictures = pictures.contiguous(memory_format=torch.channels_last)  # as in training
-    logits = network.train(training)(pictures) if isinstance(network, nn.Module) else None
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
-        raise SystemExit(f"{source} {wanted}, not to {found}.")
-    return logits
-
-
-def seed_random_numbers(seed: int) -> None:
-    """Seeds the generators of torch, on all devices, of Python and of numpy (whose seeds have 32 bits)."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def setup() -> torch.device:
-    """What every script calls first: its device, CUDA if available. Processes of torchrun meet here; rank 0 prints."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
-    if data.LAUNCHED and not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"
-        torch.distributed.init_process_group(backend)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that a console has not
-    return device
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; Ctrl-C ends it with one sentence."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        if RANK == 0:
-            print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
-        sys.exit(130)
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()  # not after a failure: it could wait for the other ranks forever
-
-
-def average_over_processes(*tensors: Tensor) -> None:
-    """Replaces each tensor by its mean over all processes, if there are several."""
-    for tensor in tensors if WORLD_SIZE > 1 else ():
-        torch.distributed.all_reduce(tensor)
-        tensor /= WORLD_SIZE
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
-    has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if BFLOAT16 and has_bfloat16 else torch.float32
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+# ---- Optimizer and schedule ------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.SGD):
@@ -235,8 +170,10 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The matrix [M, N] with the singular vectors of `matrix`, and with singular values of 0.25 to 1.25 where those of
-    `matrix` are within a factor of ten; smaller ones stay smaller. By three Newton-Schulz steps (Jordan et al. 2024).
+    """The matrix [M, N] with the singular vectors of `matrix`, and with singular values that are nearly the same.
+
+    Where those of `matrix` are within a factor of ten they become 0.25 to 1.2 for a rank of 256, and 0.18 to 1.2 for
+    one of 512; smaller ones stay smaller. By three Newton-Schulz steps (Jordan et al. 2024).
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.mT).mT  # the product below is the smaller one
@@ -253,6 +190,162 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     warmup_steps = max(1, round(WARM_UP * steps))
     decay_steps = max(1, steps - warmup_steps)
     return LambdaLR(optimizer, lambda step: min((step + 1) / (warmup_steps + 1), (steps - step) / decay_steps))
+
+
+# ---- Device, precision, processes ------------------------------------------------------------------------------------
+
+
+def setup() -> torch.device:
+    """What every script calls first: its device, CUDA if available. Processes of torchrun meet here; rank 0 prints."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = BFLOAT16
+        torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
+    if data.LAUNCHED and not torch.distributed.is_initialized():
+        with_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
+        torch.distributed.init_process_group("nccl" if with_nccl else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that a console has not
+    return device
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has."""
+    if len(sys.argv) > 1:
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script} takes no arguments ({sys.argv[1]}): edit the constants at the top of the file.")
+    try:
+        main()
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
+        sys.exit(130)
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()  # not after a failure: it could wait for the other ranks forever
+
+
+def average_over_processes(*tensors: Tensor) -> None:
+    """Replaces each tensor by its mean over all processes, if there are several."""
+    if WORLD_SIZE > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= WORLD_SIZE
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
+    has_bfloat16 = False
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 or newer
+        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if BFLOAT16 and has_bfloat16 else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+
+
+def seed_random_numbers(seed: int) -> None:
+    """Seeds the generators of torch, on all devices, of Python and of numpy (whose seeds have 32 bits)."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """After it all generators go on as if nothing had been drawn inside it."""
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+
+
+# ---- Making, trying and asking a network -----------------------------------------------------------------------------
+
+
+def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
+    """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
+
+    It is tried first: see `try_out`. Under torchrun each gradient is averaged over all processes by hooks, which unlike
+    DistributedDataParallel leave no wrapper that a script could forget to call.
+    """
+    device = train.labels.device
+    classes = len(train.classes)
+    source = f"{make.__name__}() in models.py"
+    try:
+        seed_random_numbers(seed)
+        network = make(classes)
+        if not isinstance(network, nn.Module) or has_lazy_layers(network):
+            check_logits(network, classes, source)  # refuses the one, and gives lazy layers their shapes
+        network.to(device, memory_format=torch.channels_last)
+        with random_numbers_kept():
+            try_out(network, make(classes), device, classes, source)
+    except Exception as error:  # of anybody's own network
+        message = f"{source} makes a network that fails as shown above."
+        if precision(device) == torch.bfloat16:
+            message += " If it cannot compute in bfloat16, set BFLOAT16 = False in models.py."
+        raise RuntimeError(message) from error
+    if WORLD_SIZE > 1:
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: average_over_processes(parameter.grad))
+    return network
+
+
+def has_lazy_layers(network: nn.Module) -> bool:
+    """Whether some layers get their shapes from the first images."""
+    return any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters())
+
+
+def try_out(network: nn.Module, other: nn.Module, device: torch.device, classes: int, source: str) -> None:
+    """Shows, by another network that was made as this one was, whether it can be saved and trained; leaves it as it is.
+
+    With the same state_dict both must answer alike. An error where the other one fails in training mode.
+    """
+    other.load_state_dict(network.state_dict())
+    other.to(device, memory_format=torch.channels_last)
+    with torch.no_grad(), autocast(device):
+        torch.manual_seed(0)  # for layers that are random in eval mode too
+        logits = check_logits(network, classes, source, device).float()
+        network.load_state_dict(other.state_dict())  # a layer may have set itself by the pictures
+        torch.manual_seed(0)
+        apart = (logits - check_logits(other, classes, source, device)).abs().max()
+    if not apart <= 0.01 * logits.abs().max():
+        way_out = "register its random tensors by register_buffer"
+        raise SystemExit(f"{source}: with the same state_dict two of these networks answer differently: {way_out}.")
+    with autocast(device):
+        trained = check_logits(other, classes, source, device, training=True)
+    trained.sum().backward()  # an error where all is frozen
+
+
+def check_logits(
+    network: nn.Module, classes: int, source: str, device: torch.device | str = "cpu", training: bool = False
+) -> Tensor:
+    """The network's logits [2, classes] for two fixed pictures of random colours.
+
+    Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
+    """
+    colours = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)  # each of a block of 8x8 pixels
+    pictures = torch.from_numpy(colours.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE])
+    pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)  # as in training
+    logits = None
+    if isinstance(network, nn.Module):
+        logits = network.train(training)(pictures)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
+        raise SystemExit(f"{source} {wanted}, not to {found}.")
+    return logits
 
 
 @torch.no_grad()
@@ -277,6 +370,15 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
     return whole
 
 
+def renew_statistics(network: nn.Module, batches: Iterable) -> None:
+    """Batch normalisation's statistics anew, over the views of `data.batches`: after few steps the running ones still
+    hold a part of their first values. Where some layers are frozen in eval mode, all is left as it is.
+    """
+    if all(module.training for module in network.modules()):
+        with autocast(next(network.parameters()).device):
+            update_bn(itertools.islice(batches, 100), network)  # 100 batches tell as much as all
+
+
 def parameter_count(network: nn.Module) -> int:
     """How many numbers the network learns."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -285,6 +387,143 @@ def parameter_count(network: nn.Module) -> int:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share of rows of logits [N, classes] whose largest entry is at the label [N]."""
     return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+# ---- A training's progress -------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
+
+    The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
+    same weights, since all random numbers of an epoch follow from the seed, the epoch and the process alone.
+    recipe: see `make_recipe`; a run continues only with the same one. epochs, seed: how many, and of the training.
+    curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and of the
+    accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+        train: ImageSet,
+        hold_out: ImageSet | None,
+        recipe: dict,
+        epochs: int,
+        seed: int,
+    ):
+        self.name = name
+        self.network = network
+        self.resumed = {"network": network, "optimizer": optimizer, "schedule": schedule}
+        self.train = train
+        self.hold_out = hold_out
+        self.recipe = recipe
+        self.last_epoch = epochs - 1
+        self.seed = seed
+        self.curve = []
+        self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
+        self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
+        self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
+        folder = self.checkpoint_path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
+        if self.progress_path.exists():
+            self._continue()
+        size = parameter_count(network)
+        where = train.labels.device.type
+        print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, on {where}", flush=True)
+
+    def _continue(self) -> None:
+        """Loads the progress of an unfinished run; ends the script if it is one of other constants or code."""
+        progress = load_file(self.progress_path, SCRIPTS[self.name])
+        differing = differences(progress.get("recipe", {}), self.recipe)
+        if differing:
+            start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
+            raise SystemExit(f"{start}. Restore them to go on, or delete {self.progress_path.name}.")
+        for key, part in self.resumed.items():
+            part.load_state_dict(progress[key])
+        self.curve = progress["curve"]
+        print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.last_epoch + 1}.")
+
+    def epochs(self) -> Iterator[int]:
+        """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
+        for epoch in range(len(self.curve), self.last_epoch + 1):
+            words = [data.TRAINING, self.seed, epoch, RANK]
+            seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
+            self.network.train()
+            self.totals.zero_()
+            started = time.perf_counter()
+            yield epoch
+            self._end_epoch(epoch, started)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the epoch's figures, without waiting for the device."""
+        cross_entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        images = torch.full_like(loss, len(labels))
+        self.totals += torch.stack([loss * images, cross_entropy, correct, images])
+
+    def _end_epoch(self, epoch: int, started: float) -> None:
+        average_over_processes(self.totals)
+        average_over_processes(*(buffer for buffer in self.network.buffers() if buffer.is_floating_point()))
+        loss, cross_entropy, correct, images = self.totals.tolist()
+        rate = WORLD_SIZE * images / (time.perf_counter() - started)
+        figures = {
+            "epoch": epoch + 1,
+            "loss": loss / images,
+            "cross_entropy": cross_entropy / images,
+            "accuracy": correct / images,
+        }
+        self._check_finite(loss, epoch)
+        line = f"epoch {epoch + 1:3}/{self.last_epoch + 1}: loss {figures['loss']:.3f}"
+        line += f", cross-entropy {figures['cross_entropy']:.3f}, accuracy {figures['accuracy']:.2%}"
+        if self.hold_out:
+            logits = predict(self.name, self.network, self.hold_out)
+            figures["hold_out_accuracy"] = accuracy(logits, self.hold_out.labels)
+            line += f", hold-out {figures['hold_out_accuracy']:.2%}"
+        seconds = time.perf_counter() - started
+        seconds_before = self.curve[-1]["seconds"] if self.curve else 0.0
+        self.curve.append(figures | {"seconds": seconds_before + seconds})
+        line += f", {rate:,.0f} images/s"
+        if epoch < self.last_epoch:
+            self._save_progress()
+            seconds_left = math.ceil((self.last_epoch - epoch) * seconds)
+            minutes_left = math.ceil(seconds_left / 60)
+            line += f", about {seconds_left} s left" if seconds_left < 120 else f", about {minutes_left} min left"
+        print(line, flush=True)
+
+    def _check_finite(self, loss: float, epoch: int) -> None:
+        """Ends the script with a sentence where the training has diverged."""
+        if math.isfinite(loss) and all(parameter.isfinite().all() for parameter in self.network.parameters()):
+            return
+        message = f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}."
+        if self.checkpoint_path.exists():
+            message += f" {self.checkpoint_path} is still that of an earlier run."
+        raise SystemExit(message)
+
+    def _save_progress(self) -> None:
+        progress = {"recipe": self.recipe, "curve": self.curve}
+        for key, part in self.resumed.items():
+            progress[key] = part.state_dict()
+        write_atomically(self.progress_path, lambda file: torch.save(progress, file))
+
+    def save(self) -> None:
+        """Saves the checkpoint and removes the progress. Ends the script where epochs are left, as after a break."""
+        if len(self.curve) <= self.last_epoch:
+            done = f"{len(self.curve)} of {self.last_epoch + 1} epochs were done, so nothing is saved"
+            raise SystemExit(f"{self.name}: {done}. To stop earlier, lower EPOCHS in {SCRIPTS[self.name]}.")
+        save_checkpoint(self.name, self.network, self.train, self.recipe, self.curve)
+        if RANK == 0:
+            self.progress_path.unlink(missing_ok=True)
+        print(f"Saved {self.checkpoint_path} after {self.curve[-1]['seconds']:.0f} s.", flush=True)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_dir(dataset: str) -> Path:
@@ -307,33 +546,34 @@ def write_atomically(path: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         raise SystemExit(f"{path} could not be written ({error}): make room, or change CHECKPOINT_DIR.") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
-def load_if_there(path: Path) -> dict | None:
-    """What torch.save wrote to path, on the CPU; None where there is no file, {} where it cannot be read."""
-    if not path.exists():
-        return None
+def load_file(path: Path, script: str) -> dict:
+    """What torch.save wrote to path, on the CPU. Ends the script where it cannot be read: `script` writes it anew."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise SystemExit(f"{path} cannot be read: {error}.") from None
     except Exception:  # torch raises nearly anything on a damaged file
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.")
+    return content
 
 
 @torch.no_grad()
 def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()) -> None:
     """Saves the network's weights and answers, and what it was trained on and how. curve: see `Run`."""
     network.cpu()  # any machine can load it then
-    first, second = (check_logits(network, len(train.classes), f"The network of {name}.pt") for _ in range(2))
+    source = f"The network of {name}.pt"
+    answers = check_logits(network, len(train.classes), source)
+    again = check_logits(network, len(train.classes), source)
     content = {
         "format": FORMAT,
         "network": "teacher" if name == "teacher" else "student",
         "state_dict": network.state_dict(),
-        "answers": first if torch.equal(first, second) else None,  # of a network that answers at random
+        "answers": answers if torch.equal(answers, again) else None,  # of a network that answers at random
         "dataset": train.dataset,
         "size": data.SIZE,
         "image_hashes": data.image_hashes(train.images),
@@ -345,88 +585,119 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
     write_atomically(checkpoint_dir(train.dataset) / f"{name}.pt", lambda file: torch.save(content, file))
 
 
-@torch.no_grad()
 def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> tuple[nn.Module, dict]:
     """The trained network of that name in eval mode, on the split's device or the CPU, and all its checkpoint says.
 
     dataset: the name of the checkpoints' folder. Ends the script with one sentence where it is missing, has other
-    classes, does not answer as it did when it was saved, or, with a hold-out, was trained on other images than now.
+    classes, is of other code than now, or, with a hold-out, was trained on other images than now.
     """
-    path, script = checkpoint_dir(dataset) / f"{name}.pt", SCRIPTS[name]
-    checkpoint = load_if_there(path)
-    if checkpoint is None:
-        moved = moved_from(path.parent, split.fingerprint) if split else ""
-        raise SystemExit(f"There is no {path}: run python {script} first.{moved}")
+    path = checkpoint_dir(dataset) / f"{name}.pt"
+    script = SCRIPTS[name]
+    if not path.exists():
+        raise SystemExit(f"There is no {path}: run python {script} first.")
+    checkpoint = load_file(path, script)
     if checkpoint.get("format") != FORMAT:
-        what = "is of another version of models.py" if checkpoint else "is damaged"
-        raise SystemExit(f"{path} {what}: run python {script} again.")
-    kind, classes, saved, size = (checkpoint[key] for key in ("network", "classes", "answers", "size"))
-    if size != data.SIZE:
-        raise SystemExit(f"{path} is for images of {size}x{size} pixels, but SIZE = {data.SIZE} in data.py.")
-    network = {"teacher": teacher, "student": student}[kind](len(classes))
+        raise SystemExit(f"{path} is of another version of models.py: run python {script} again.")
+    if checkpoint["size"] != data.SIZE:
+        size = f"{checkpoint['size']}x{checkpoint['size']}"
+        raise SystemExit(f"{path} is for images of {size} pixels, but SIZE = {data.SIZE} in data.py.")
+    network = rebuild(checkpoint, path, script)
+    if split is None:
+        return network.to(memory_format=torch.channels_last), checkpoint
+    if tuple(checkpoint["classes"]) != split.classes:
+        raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
+    if split.fingerprint not in (None, checkpoint["recipe"]["images"]):
+        check_hold_out(checkpoint["recipe"], dataset, path, script)
+    return network.to(split.labels.device, memory_format=torch.channels_last), checkpoint
+
+
+@torch.no_grad()
+def rebuild(checkpoint: dict, path: Path, script: str) -> nn.Module:
+    """The network of a checkpoint, in eval mode; ends the script where models.py makes another one than it holds.
+
+    If it was edited since, the network must answer as it did when it was saved: shapes alone would not tell.
+    """
+    kind = checkpoint["network"]
+    classes = len(checkpoint["classes"])
+    network = {"teacher": teacher, "student": student}[kind](classes)
     edited = f"{kind}() in models.py makes another network than {path} holds: undo the edit, or run python {script}."
     try:
         network.load_state_dict(checkpoint["state_dict"])
     except RuntimeError:  # other names or shapes
         raise SystemExit(edited) from None
-    answers = check_logits(network, len(classes), f"The network of {path}")
-    if saved is not None and not (answers - saved).abs().max() <= TOLERANCE * saved.abs().max():
+    answers = check_logits(network, classes, f"The network of {path}")
+    saved = checkpoint["answers"]
+    if saved is None or is_unedited(checkpoint["recipe"]):
+        return network
+    if not (answers - saved).abs().max() <= TOLERANCE * saved.abs().max():
         raise SystemExit(edited)
-    if split and tuple(classes) != split.classes:
-        raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
-    if split and split.fingerprint not in ("", checkpoint["recipe"]["images"]):
-        message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
-        message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
-        if data.HOLD_OUT:
-            raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
-        print(f"{message}.")
-    return network.to(split.labels.device if split else "cpu", memory_format=torch.channels_last), checkpoint
+    return network
 
 
-def moved_from(folder: Path, fingerprint: str) -> str:
-    """A sentence that names a folder of checkpoints of the same images, made at another path; "" without one."""
-    name = glob.escape(folder.name.rpartition("-")[0])
-    for path in folder.parent.glob(f"{name}-*/*.pt"):
-        if path.parent != folder and (load_if_there(path) or {}).get("recipe", {}).get("images") == fingerprint:
-            return f" {path.parent} holds networks of the same images: to go on with them, rename it to {folder.name}."
-    return ""
+def check_hold_out(recipe: dict, dataset: str, path: Path, script: str) -> None:
+    """Says that a network was trained on other images than now; ends the script if perhaps on those held out now."""
+    message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
+    message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
+    others_of_the_same = recipe.get("HOLD_OUT") == data.HOLD_OUT and recipe.get("TRAIN_IMAGES") != data.TRAIN_IMAGES
+    if data.HOLD_OUT and not others_of_the_same:
+        raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
+    print(f"{message}.")
 
 
-LIMITS = {  # constant: type, least, most
-    "HOLD_OUT": (int, 0, math.inf),
-    "TRAIN_IMAGES": (int, 0, math.inf),
-    "SIZE": (int, 16, 256),
-    "SHIFT": (int, 0, data.SIZE - 1),
-    "SEED": (int, 0, 2**63 - 1),
-    "EPOCHS": (int, 1, math.inf),
-    "BATCH_SIZE": (int, 2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
-    "LEARNING_RATE": (float, 1e-12, 1e35),
-    "WEIGHT_DECAY": (float, 0, 1e38),
-    "LABEL_SMOOTHING": (float, 0, 1),
-    "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
-    "KD_WEIGHT": (float, 0, 1),
-}
-NOT_IN_RECIPE = (  # constants that change no training, or that "images" and "layers" stand for, which `Run` adds
-    *("DATASET", "DATA_DIR", "SYNTHETIC_IMAGES", "LAUNCHED", "RANK", "BAR"),
-    *("TEACHER_WIDTHS", "STUDENT_WIDTHS", "CHECKPOINT_DIR", "PREDICTION_BATCH", "SCRIPTS", "FORMAT", "TOLERANCE"),
-    *("LIMITS", "NOT_IN_RECIPE"),
-)
+# ---- What a training was ---------------------------------------------------------------------------------------------
 
 
-def make_recipe(constants: dict, device: torch.device) -> dict:
-    """What decides how a network is trained: the precision, the constants of its script, whose globals() are given, of
-    data.py and of models.py, and a hash of the code of these files. Ends the script with one sentence where a number is
-    out of its limits."""
-    recipe = {"precision": str(precision(device)).removeprefix("torch.")}
-    files = [vars(data), globals(), constants]
-    for names in files:
+def check_constants(constants: dict) -> None:
+    """Ends a script, whose globals() are given, where a number in it, data.py or models.py is out of its LIMITS."""
+    if "__file__" not in constants:
+        raise SystemExit("Run a script as a file, as in python distill.py: its checkpoint says by which code it was made.")
+    for names in (vars(data), globals(), constants):
         for name in LIMITS.keys() & names.keys():
-            kind, low, high = LIMITS[name]
-            if type(names[name]) not in (int, kind) or not low <= names[name] <= high:
-                wanted, file = "a whole number" if kind is int else "a number", Path(names["__file__"]).name
-                raise SystemExit(f"{name} = {names[name]!r} in {file} must be {wanted} from {low} to {high}.")
-        recipe |= plain({name: names[name] for name in names if name.isupper() and name not in NOT_IN_RECIPE})
-    return recipe | {Path(names["__file__"]).name: code_hash(names["__file__"], recipe) for names in files}
+            value = names[name]
+            kind, least, most = LIMITS[name]
+            if type(value) not in (int, kind) or not least <= value <= most:
+                wanted = "a whole number" if kind is int else "a number"
+                file = Path(names["__file__"]).name
+                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least} to {most}.")
+
+
+def make_recipe(constants: dict, train: ImageSet, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> dict:
+    """What decided how a network was trained, to be compared: images and precision, the files that train it (see
+    `recipe_of_files`; constants: globals() of its script), the optimizer's and the schedule's class, and all plain
+    values of the optimizer's groups.
+    """
+    recipe = {"images": train.fingerprint, "precision": str(precision(train.labels.device))}
+    recipe |= recipe_of_files(vars(data), globals(), constants)
+    recipe["optimizer"] = type(optimizer).__name__
+    recipe["schedule"] = type(schedule).__name__
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in plain(group).items():
+            recipe[f"{key} of group {number}"] = value
+    return recipe
+
+
+def recipe_of_files(*files: dict) -> dict:
+    """The constants of files, whose globals() are given, by value, and a hash of what else each file says; then hashes
+    of the user's own modules: what is loaded from below this folder, but for tests and installed packages.
+    """
+    recipe = {}
+    for names in files:
+        constants = plain({name: value for name, value in names.items() if name.isupper()})
+        recipe |= {name: value for name, value in constants.items() if name not in NOT_IN_RECIPE}
+        path = Path(names["__file__"])
+        recipe[path.name] = code_hash(path, constants)
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "").resolve()
+        if path.suffix == ".py" and path.is_file() and path.is_relative_to(ROOT):
+            key = path.relative_to(ROOT).as_posix()
+            if key not in OUR_FILES and not key.startswith("tests/") and "site-packages" not in key:
+                recipe.setdefault(key, code_hash(path))
+    return recipe
+
+
+def is_unedited(recipe: dict) -> bool:
+    """Whether models.py, and what it imports from below this folder, say what they said when the recipe was made."""
+    return all(recipe.get(key) == value for key, value in recipe_of_files(globals()).items())
 
 
 def plain(values: dict) -> dict:
@@ -438,141 +709,25 @@ def plain(values: dict) -> dict:
     return kept
 
 
-def code_hash(file: str, recipe: dict) -> str:
-    """8 hexadecimal digits of what the code in a file says, the same under every version of Python.
+def code_hash(path: Path, constants: Collection[str] = ()) -> str:
+    """8 hexadecimal digits of what the code in a file says, without comments, docstrings and what assigns constants."""
+    said = ast.unparse(WithoutDocstrings().visit(ast.parse(path.read_bytes())))  # a line a statement
+    lines = [line for line in said.splitlines() if line.partition(" = ")[0] not in constants]
+    return data.fingerprint(lines)[:8]
 
-    Comments, docstrings and assignments of constants that the recipe holds, or NOT_IN_RECIPE names, do not count.
-    """
-    tree, left_out = ast.parse((Path(__file__).parent / file).read_bytes()), {*recipe, *NOT_IN_RECIPE}
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            bare = [part for part in node.body if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)]
-            node.body = [part for part in node.body if part not in bare]  # without docstrings
-    for node in tree.body[:]:
-        if isinstance(node, ast.Assign) and {getattr(target, "id", None) for target in node.targets} <= left_out:
-            tree.body.remove(node)
-    said = re.sub(r"\w+=(\[\]|Load\(\))|[ ,]", "", ast.dump(tree))  # Python 3.13 leaves these empty fields out
-    return data.fingerprint(said)[:8]
+
+class WithoutDocstrings(ast.NodeTransformer):
+    """Takes them, and whatever else is but a constant in a line, out of a tree."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
 
 
 def differences(first: dict, second: dict) -> str:
-    """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), HOLD_OUT (0, 1000)"."""
-    names = [name for name in first | second if first.get(name) != second.get(name)]
-    names = [name for name in names if " of group " not in name] or names  # groups mostly follow from the constants
-    return ", ".join(f"{name} ({first.get(name)}, {second.get(name)})" for name in names)
-
-
-class Run:
-    """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
-
-    The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
-    same weights, since all random numbers of an epoch follow from SEED, the epoch and the process alone.
-    curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and of the
-    accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
-    """
-
-    def __init__(self, name, network, optimizer, schedule, recipe, train: ImageSet, hold_out: ImageSet | None):
-        self.name, self.network, self.train, self.hold_out = name, network, train, hold_out
-        self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        layers = {key: list(getattr(value, "shape", ())) for key, value in network.state_dict().items()}
-        self.recipe = recipe | {"images": train.fingerprint, "layers": data.fingerprint(layers)[:8]}
-        self.recipe |= {key: type(self.parts[key]).__name__ for key in ("optimizer", "schedule")}
-        for number, group in enumerate(optimizer.param_groups):
-            self.recipe |= {f"{key} of group {number}": value for key, value in plain(group).items() if value}
-        self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
-        self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
-        self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
-        self.curve = []
-        folder = self.checkpoint_path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
-        self._continue()
-        size, where = parameter_count(network), train.labels.device.type
-        print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, on {where}", flush=True)
-
-    def _continue(self) -> None:
-        """Loads the progress of an unfinished run, if there is one that the same constants and code began."""
-        progress = load_if_there(self.progress_path)
-        if progress is None:
-            if not self.checkpoint_path.exists():
-                if moved := moved_from(self.checkpoint_path.parent, self.train.fingerprint):
-                    print(f"{self.name}: a new training.{moved}")
-            return
-        if not progress.keys() >= {*self.parts, "recipe", "curve"}:
-            print(f"{self.progress_path} is damaged: starting from the first epoch.")
-            return
-        if differing := differences(progress["recipe"], self.recipe):
-            start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
-            raise SystemExit(f"{start}. Restore them to go on, or delete {self.progress_path.name}.")
-        for name, part in self.parts.items():
-            part.load_state_dict(progress[name])
-        self.curve = progress["curve"]
-        print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.recipe['EPOCHS']}.")
-
-    def epochs(self) -> Iterator[int]:
-        """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
-        for epoch in range(len(self.curve), self.recipe["EPOCHS"]):
-            words = data.TRAINING, self.recipe["SEED"], epoch, RANK
-            seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
-            self.network.train()
-            self.totals.zero_()
-            started = time.perf_counter()
-            yield epoch
-            self._end_epoch(epoch, started)
-
-    @torch.no_grad()
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch to the epoch's figures, without waiting for the device."""
-        cross_entropy, correct = F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).float().mean()
-        self.totals += torch.stack([loss, cross_entropy, correct, torch.ones_like(loss)]) * len(labels)
-
-    def _end_epoch(self, epoch: int, started: float) -> None:
-        average_over_processes(self.totals)
-        means, left = (self.totals[:3] / self.totals[3]).tolist(), self.recipe["EPOCHS"] - epoch - 1
-        figures = dict(zip(("loss", "cross_entropy", "accuracy"), means))
-        rate = len(self.train) / (time.perf_counter() - started)
-        if not left:
-            self._renew_statistics(epoch)
-        average_over_processes(*(value for value in self.network.buffers() if value.is_floating_point()))
-        self._check_finite(figures["loss"], epoch)
-        line = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format(**figures)
-        if self.hold_out:
-            logits = predict(self.name, self.network, self.hold_out)
-            figures["hold_out_accuracy"] = accuracy(logits, self.hold_out.labels)
-            line += f", hold-out {figures['hold_out_accuracy']:.2%}"
-        taken, before = time.perf_counter() - started, self.curve[-1]["seconds"] if self.curve else 0.0
-        self.curve.append({"epoch": epoch + 1, **figures, "seconds": before + taken})
-        line += f", {rate:,.0f} images/s"
-        if left:
-            self._save_progress()
-            seconds = math.ceil(left * taken)
-            line += f", about {seconds} s left" if seconds < 120 else f", about {math.ceil(seconds / 60)} min left"
-        print(f"epoch {epoch + 1:3}/{epoch + 1 + left}: {line}", flush=True)
-
-    def _renew_statistics(self, epoch: int) -> None:
-        """Batch normalisation's statistics anew: after few steps the running ones still hold their first values."""
-        if all(module.training for module in self.network.modules()):  # unless some layers are frozen
-            views = data.batches(self.train, self.recipe["BATCH_SIZE"], epoch, self.recipe["SEED"])
-            with autocast(self.totals.device):
-                update_bn(itertools.islice(views, 100), self.network)  # 100 batches tell as much as all
-
-    def _check_finite(self, loss: float, epoch: int) -> None:
-        """Ends the script with a sentence where the training has diverged."""
-        if not math.isfinite(loss) or not all(part.isfinite().all() for part in self.network.parameters()):
-            earlier = f" {self.checkpoint_path} is still that of an earlier run." * self.checkpoint_path.exists()
-            way_out = f"lower LEARNING_RATE in {SCRIPTS[self.name]}"
-            raise SystemExit(f"Training diverged in epoch {epoch + 1}: {way_out}.{earlier}")
-
-    def _save_progress(self) -> None:
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"recipe": self.recipe, "curve": self.curve}
-        write_atomically(self.progress_path, lambda file: torch.save(state, file))
-
-    def save(self) -> None:
-        """Saves the checkpoint and removes the progress."""
-        save_checkpoint(self.name, self.network, self.train, self.recipe, self.curve)
-        if RANK == 0:
-            self.progress_path.unlink(missing_ok=True)
-        print(f"Saved {self.checkpoint_path} after {self.curve[-1]['seconds']:.0f} s.", flush=True)
+    """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), GRAD_CLIP (absent, 1.0)"."""
+    named = []
+    for name in first | second:
+        values = first.get(name, "absent"), second.get(name, "absent")
+        if values[0] != values[1]:
+            named.append(f"{name} ({values[0]}, {values[1]})")
+    return ", ".join(named)

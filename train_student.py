@@ -19,13 +19,14 @@ WEIGHT_DECAY = 5e-4  # see models.Muon
 
 def main() -> None:
     device = models.setup()
-    recipe = models.make_recipe(globals(), device)
+    models.check_constants(globals())
     train, hold_out = data.load_train(device)
     student = models.new_network(models.student, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    run = models.Run("student", student, optimizer, schedule, recipe, train, hold_out)
+    recipe = models.make_recipe(globals(), train, optimizer, schedule)
+    run = models.Run("student", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, SEED)
 
     for epoch in run.epochs():
         for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):
@@ -37,6 +38,8 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             run.update(loss, logits, labels)
+        if hold_out or epoch + 1 == EPOCHS:
+            models.renew_statistics(student, data.batches(train, BATCH_SIZE, epoch, SEED))
     run.save()
 
 

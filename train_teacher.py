@@ -18,13 +18,14 @@ LABEL_SMOOTHING = 0.03  # share of each label that is spread over all classes; t
 
 def main() -> None:
     device = models.setup()
-    recipe = models.make_recipe(globals(), device)
+    models.check_constants(globals())
     train, hold_out = data.load_train(device)
     teacher = models.new_network(models.teacher, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(teacher, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    run = models.Run("teacher", teacher, optimizer, schedule, recipe, train, hold_out)
+    recipe = models.make_recipe(globals(), train, optimizer, schedule)
+    run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, recipe, EPOCHS, SEED)
 
     for epoch in run.epochs():
         for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):
@@ -36,6 +37,8 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             run.update(loss, logits, labels)
+        if hold_out or epoch + 1 == EPOCHS:
+            models.renew_statistics(teacher, data.batches(train, BATCH_SIZE, epoch, SEED))
     run.save()
 
 

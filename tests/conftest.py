@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for networks as tiny as these, more threads only wait for each other
@@ -105,6 +106,21 @@ def run_edited(monkeypatch, module, folder: Path, old: str = "", new: str = "") 
     copy.write_text(text.replace(old, new) if old else text, encoding="utf-8")
     monkeypatch.setattr(module, "__file__", str(copy))
     return copy
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A user's own module parts/loss.py, loaded from below the folder of the scripts, which are copied for that."""
+    root = tmp_path / "scripts"
+    for file in ROOT.glob("*.py"):
+        (root / "parts").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root)
+    path = root / "parts" / "loss.py"
+    path.write_text("SCALE = 1.0\n", encoding="utf-8")
+    monkeypatch.setattr(models, "ROOT", root)
+    monkeypatch.setitem(sys.modules, "parts.loss", types.ModuleType("parts.loss"))
+    sys.modules["parts.loss"].__file__ = str(path)
+    return path
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -52,7 +52,7 @@ def draw(figure: Figure, results: dict, rows: list[dict], images: np.ndarray) ->
     shown = "hold_out_accuracy" if all("hold_out_accuracy" in line for line in lines) else "accuracy"
     for name, row in results["models"].items():
         epochs, values = [line["epoch"] for line in row["curve"]], [100 * line[shown] for line in row["curve"]]
-        label = f"{name}, {results['split']} {row['accuracy']:.1%}"
+        label = f"{name}, test {row['accuracy']:.1%}"
         learning.plot(epochs, values, marker=".", color=COLOURS[name], label=label)
     where = "training views" if shown == "accuracy" else "the hold-out"
     learning.set(title=results["dataset"], xlabel="epoch", ylabel=f"accuracy on {where}, %")

@@ -5,11 +5,11 @@
 Teacher, student and distilled student all use the same seed; the two students start from the same weights and see the
 same batches. Each seed has a folder of checkpoints of its own, CHECKPOINT_DIR/seed-<s>; a network that is there is not
 trained again, so that an interrupted series goes on where it was. Networks of other constants, or of other code in
-their own script, are not used: the series names their files, and ends.
+their own script, are not used: the series names their files, and ends. All figures are made from the networks that lie
+there now, and written to <dataset>.json beside the seeds' folders.
 
 With HOLD_OUT in data.py above 0 the figures are those of the hold-out, and no test image is read: to choose constants.
-The difference is also pooled over the seeds, with an interval over the images, which holds for these networks only. All
-figures are written to <dataset>.json beside the seeds' folders.
+The difference is also pooled over the seeds, with an interval over the images, which holds for these networks only.
 
 To compare two ways to distil, run the series, copy the teachers into another CHECKPOINT_DIR (seed-<s>/<dataset>/
 teacher.pt), edit distill.py, and run the series there with AGAINST = the first CHECKPOINT_DIR: its distilled students
@@ -39,42 +39,44 @@ AGAINST = None  # a CHECKPOINT_DIR with the same seeds and teachers, whose disti
 TRAININGS = {"teacher": train_teacher, "student": train_student, "distilled": distill}
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by the count
 COLUMNS = (("accuracy", 100, 2, 18), ("loss", 1, 4, 20), ("ece", 100, 2, 16), ("agreement_with_teacher", 100, 2, 18))
+EDITABLE = {"SEED", "TEACHER_WIDTHS", "STUDENT_WIDTHS", "data.py", "models.py"}  # a recipe's, see check_recipes
 
 
-def results_of(seed: int, root: Path) -> dict:
-    """The results.json of one seed, of its networks; those are trained that are not there yet."""
+def use_seed(root: Path, seed: int) -> Path:
+    """Lets all scripts use the checkpoints of one seed. Returns their folder."""
     os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
-    path = models.checkpoint_dir(data.dataset_name()) / "results.json"
-    for name, script in TRAININGS.items():
-        if AGAINST and name == "student":  # put_against gives another one
-            continue
-        if not (path.parent / f"{name}.pt").is_file():
-            path.unlink(missing_ok=True)
-            script.SEED = seed
-            script.main()
-    if not path.is_file():
-        evaluate.main()
-    return json.loads(path.read_text(encoding="utf-8"))
+    return models.checkpoint_dir(data.dataset_name())
+
+
+def recipe_of(name: str, path: Path) -> dict:
+    """What the checkpoint of that name at that path says it was trained by; ends the series where it cannot be used."""
+    return models.load_checkpoint(name, path.parent.name)[1]["recipe"]
 
 
 def check_recipes(root: Path, device: torch.device) -> None:
-    """Ends the series if it has networks of other constants, scripts or images than now, before hours are lost."""
-    others, edited, images = [], set(), set()
+    """Ends the series if it has networks of other constants, scripts or images than now, before hours are lost.
+
+    The widths and models.py are compared by what they make: load_checkpoint refuses another network than was saved.
+    """
+    others = []
+    edited = set()
+    images = set()
     for name, script in TRAININGS.items():
-        now = models.make_recipe(vars(script), device)
+        models.check_constants(vars(script))
+        now = models.recipe_of_files(vars(data), vars(models), vars(script))
+        now["precision"] = str(models.precision(device))
         for seed in SEEDS:
-            os.environ["CHECKPOINT_DIR"] = str(root / f"seed-{seed}")
-            path = models.checkpoint_dir(data.dataset_name()) / f"{name}.pt"
+            path = use_seed(root, seed) / f"{name}.pt"
             if not path.is_file():
                 continue
-            recipe = models.load_checkpoint(name, path.parent.name)[1]["recipe"]  # ends where models.py makes another
+            recipe = recipe_of(name, path)
             images.add(recipe["images"])
             if "models.py" not in recipe:  # a network from elsewhere
                 continue
-            compared = now.keys() - {"SEED", "models.py", "data.py"}
-            if any(recipe.get(key) != now[key] for key in compared):
+            differing = {key for key in now if recipe.get(key) != now[key]}
+            edited |= differing & {"data.py", "models.py"}
+            if differing - EDITABLE:
                 others.append(str(path))
-            edited |= {file for file in ("models.py", "data.py") if recipe[file] != now[file]}
     if others:
         wanted = "Delete them, and the distilled.pt of each teacher.pt among them, or name another CHECKPOINT_DIR"
         raise SystemExit(f"Trained with other constants than now, or by another script: {', '.join(others)}. {wanted}.")
@@ -84,33 +86,56 @@ def check_recipes(root: Path, device: torch.device) -> None:
         print(f"{file} was edited since some of these networks were trained.")
 
 
-def put_against(run: dict, seed: int) -> None:
-    """Puts the distilled student in AGAINST in the place of the student from the labels."""
-    path = Path(AGAINST) / f"seed-{seed}" / run["dataset"] / "results.json"
-    if not path.is_file():
-        raise SystemExit(f"There is no {path} (AGAINST in tests/seeds.py): run the series there first.")
-    other = json.loads(path.read_text(encoding="utf-8"))
-    teachers = {part["models"]["teacher"]["fingerprint"] for part in (run, other)}
-    if len(teachers) > 1 or other["split"] != run["split"]:
-        raise SystemExit(f"{path} is of another teacher, or of other images, than its counterpart here.")
-    run["models"]["student"] = other["models"]["distilled"]
+def check_against(root: Path, against: Path) -> None:
+    """Ends the series where AGAINST lacks a distilled student, or has one of another teacher than is here."""
+    for seed in SEEDS:
+        path = use_seed(against, seed) / "distilled.pt"
+        if not path.is_file():
+            raise SystemExit(f"There is no {path} (AGAINST in tests/seeds.py): run the series there first.")
+        taught_by = recipe_of("distilled", path).get("teacher")
+        path = use_seed(root, seed) / "teacher.pt"
+        if not path.is_file():
+            raise SystemExit(f"There is no {path}: copy the teachers of AGAINST first.")
+        teacher, _ = models.load_checkpoint("teacher", path.parent.name)
+        if taught_by != data.fingerprint(*teacher.state_dict().values()):
+            raise SystemExit(f"{path} is another teacher than that of the distilled student in {against}.")
 
 
-def figures_by_image(seed: int, root: Path, images: data.ImageSet) -> torch.Tensor:
-    """For each of the three networks: whether each image is right, in %, and its loss: [3, 2, N]."""
-    figures = []
-    for name in models.SCRIPTS:
-        place, name = (Path(AGAINST), "distilled") if AGAINST and name == "student" else (root, name)
-        os.environ["CHECKPOINT_DIR"] = str(place / f"seed-{seed}")
-        network, _ = models.load_checkpoint(name, images.dataset, images)
-        logits = models.predict(name, network, images)
-        losses = F.cross_entropy(logits, images.labels, reduction="none")
-        figures.append(torch.stack([100.0 * (logits.argmax(1) == images.labels), losses]))
-    return torch.stack(figures)
+def train_what_is_missing(root: Path, against: Path | None) -> None:
+    for seed in SEEDS:
+        folder = use_seed(root, seed)
+        for name, script in TRAININGS.items():
+            replaced = against and name == "student"
+            if not replaced and not (folder / f"{name}.pt").is_file():
+                script.SEED = seed
+                script.main()
 
 
-def mean_and_deviation(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+def figures_of(seed: int, root: Path, against: Path | None, images: data.ImageSet) -> tuple[dict, dict]:
+    """The figures and the logits of one seed's three networks, by name."""
+    image_hashes = data.image_hashes(images.images)
+    figures = {}
+    logits = {}
+    for name in TRAININGS:
+        replaced = against and name == "student"
+        use_seed(against if replaced else root, seed)
+        figures[name], logits[name] = evaluate.measure("distilled" if replaced else name, images, image_hashes)
+    evaluate.compare(figures, logits, images.labels.cpu())  # adds the agreement with the teacher
+    return figures, logits
+
+
+def by_image(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """What distillation gains on each image: whether it is right, in points, and its loss, float64 [2, N]."""
+    figures = {}
+    for name in ("student", "distilled"):
+        right = 100.0 * (logits[name].argmax(1) == labels)
+        losses = F.cross_entropy(logits[name], labels, reduction="none")
+        figures[name] = torch.stack([right, losses]).double()
+    return figures["distilled"] - figures["student"]
+
+
+def interval(mean: float, half: float, digits: int) -> str:
+    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def main() -> None:
@@ -118,55 +143,73 @@ def main() -> None:
         raise SystemExit(f"SEEDS in tests/seeds.py must be from {min(T_95)} to {max(T_95)} seeds, not {len(SEEDS)}.")
     if data.WORLD_SIZE > 1:
         raise SystemExit("tests/seeds.py runs as one process: start it with python, not with torchrun.")
-    if data.HOLD_OUT:
-        data.load_test = lambda device: data.load_train(device)[1]
-    root, device = models.checkpoint_dir(""), models.setup()
+    device = models.setup()
+    root = models.checkpoint_dir("")
+    against = data.path_from("AGAINST", AGAINST) if AGAINST else None
     check_recipes(root, device)
-    runs = [results_of(seed, root) for seed in SEEDS]
-    for seed, run in zip(SEEDS, runs):
-        if AGAINST:
-            put_against(run, seed)
-    first = runs[0]
-    figures = {"dataset": first["dataset"], "split": first["split"], "torch": first["torch"], "seeds": [*SEEDS]}
-    figures |= {"images": first["test_images"], "against": AGAINST, "models": {}, "distilled_minus_student": {}}
-    split, count = first["split"], f"{first['test_images']:,}"
-    print(f"\n{first['dataset']}, {count} {split} images, {len(runs)} seeds, torch {first['torch']}\n")
+    if against:
+        check_against(root, against)
+    train_what_is_missing(root, against)
+    images = data.load_train(device)[1] if data.HOLD_OUT else data.load_test(device)
+    labels = images.labels.cpu()
+    split = "hold-out" if data.HOLD_OUT else "test"
+    runs = []
+    gains_by_image = []
+    for seed in SEEDS:
+        figures, logits = figures_of(seed, root, against, images)
+        runs.append(figures)
+        gains_by_image.append(by_image(logits, labels))
+    written = {
+        "dataset": images.dataset,
+        "split": split,
+        "torch": torch.__version__,
+        "seeds": list(SEEDS),
+        "images": len(images),
+        "against": str(against) if against else None,
+        "models": {},
+        "distilled_minus_student": {},
+    }
+    print(f"\n{images.dataset}, {len(images):,} {split} images, {len(runs)} seeds, torch {torch.__version__}\n")
     print(f"{'':12}{'accuracy %':>18}{'loss':>20}{'ECE %':>16}{'agreement %':>18}")
-    for name in models.SCRIPTS:
-        rows = [run["models"][name] for run in runs]
-        columns = (
-            f"{mean_and_deviation([scale * row[key] for row in rows], digits):>{width}}"
-            for key, scale, digits, width in COLUMNS
-        )
-        print(f"{name:12}{''.join(columns)}")
-        figures["models"][name] = {key: [row[key] for row in rows] for key, *_ in COLUMNS}
-    if AGAINST:
-        print(f"student: the distilled one in {AGAINST}")
+    for name in TRAININGS:
+        line = f"{name:12}"
+        written["models"][name] = {}
+        for key, scale, digits, width in COLUMNS:
+            values = [figures[name][key] for figures in runs]
+            written["models"][name][key] = values
+            scaled = [scale * value for value in values]
+            shown = f"{statistics.mean(scaled):.{digits}f} +- {statistics.stdev(scaled):.{digits}f}"
+            line += f"{shown:>{width}}"
+        print(line)
+    if against:
+        print(f"student: the distilled one in {against}")
     print(f"\ndistilled - student, paired by seed; 95 % intervals by Student's t over {len(runs)} seeds")
     for key, scale, digits, _ in COLUMNS:
-        pairs = [(run["models"]["distilled"][key], run["models"]["student"][key]) for run in runs]
-        gains = [scale * (distilled - student) for distilled, student in pairs]
-        mean, half = statistics.mean(gains), T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+        gains = [scale * (figures["distilled"][key] - figures["student"][key]) for figures in runs]
+        mean = statistics.mean(gains)
+        half = T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
         single = ", ".join(f"{gain:+.{digits}f}" for gain in gains)
-        scaled = {"mean": mean, "ci95": [mean - half, mean + half], "by_seed": gains}  # in the units that are printed
-        figures["distilled_minus_student"][key] = scaled
-        print(f"{key:24}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f}): {single}")
-    teacher, student, distilled = (statistics.mean(part["accuracy"]) for part in figures["models"].values())
-    figures["gap"], figures["gap_closed"] = 100 * (teacher - student), (distilled - student) / (teacher - student)
-    print(f"{'gap to the teacher':24}{figures['gap']:.2f} points, of which {figures['gap_closed']:.1%} is closed")
-    images = data.load_test(device)
-    by_seed = torch.stack([figures_by_image(seed, root, images) for seed in SEEDS])
-    _, student, distilled = by_seed.mean(0).double()
-    gains = distilled - student
-    halves = evaluate.Z * gains.std(1) / gains.shape[1] ** 0.5
-    print(f"pooled over the seeds; 95 % intervals over {gains.shape[1]:,} images, for these networks")
-    for name, digits, mean, half in zip(("accuracy", "loss"), (2, 4), gains.mean(1).tolist(), halves.tolist()):
-        print(f"pooled {name:17}{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})")
-        figures["distilled_minus_student"][f"pooled {name}"] = {"mean": mean, "ci95": [mean - half, mean + half]}
-    path = root / f"{first['dataset']}.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(f"{key:24}{interval(mean, half, digits)}: {single}")
+        in_printed_units = {"mean": mean, "ci95": [mean - half, mean + half], "by_seed": gains}
+        written["distilled_minus_student"][key] = in_printed_units
+    accuracy = {name: statistics.mean(row["accuracy"]) for name, row in written["models"].items()}
+    gap = accuracy["teacher"] - accuracy["student"]
+    closed = (accuracy["distilled"] - accuracy["student"]) / gap if gap > 0 else None
+    written |= {"gap": 100 * gap, "gap_closed": closed}
+    share = "" if closed is None else f", of which {closed:.1%} is closed"
+    print(f"{'gap to the teacher':24}{100 * gap:.2f} points{share}")
+    pooled = torch.stack(gains_by_image).mean(0)
+    print(f"pooled over the seeds; 95 % intervals over {len(images):,} images, for these networks")
+    for name, digits, gains in zip(("accuracy", "loss"), (2, 4), pooled):
+        mean = gains.mean().item()
+        half = evaluate.Z * gains.std().item() / len(gains) ** 0.5
+        print(f"pooled {name:17}{interval(mean, half, digits)}")
+        written["distilled_minus_student"][f"pooled {name}"] = {"mean": mean, "ci95": [mean - half, mean + half]}
+    path = root / f"{images.dataset}.json"
+    text = json.dumps(written, indent=2) + "\n"
+    models.write_atomically(path, lambda file: file.write(text.encode()))
     print(f"Written to {path}.")
 
 
 if __name__ == "__main__":
-    main()
+    models.run_script(main)

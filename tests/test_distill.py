@@ -190,6 +190,21 @@ def test_a_teacher_that_knows_the_hold_out_is_refused(tiny, monkeypatch, capsys)
     assert message in capsys.readouterr().out
 
 
+def test_a_teacher_of_the_same_hold_out_and_fewer_images_may_teach(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(data, "HOLD_OUT", 30)
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 100)
+    train_teacher.main()
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 0)
+    capsys.readouterr()
+    distill.main()
+    assert "teacher.pt was trained on other images than synthetic has now, with HOLD_OUT = 30" in capsys.readouterr().out
+    drawn = data.synthetic("train")
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 100)
+    monkeypatch.setattr(data, "synthetic", lambda split: (255 - drawn[0], *drawn[1:]))
+    with pytest.raises(SystemExit, match="so perhaps on the hold-out"):
+        distill.main()
+
+
 def test_the_line_about_the_teacher_shows_that_its_classes_are_in_another_order(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train_teacher, "EPOCHS", 12)
     train_teacher.main()

@@ -64,8 +64,9 @@ def launch(copy):
 
     def launch(code, processes):
         code += "\nmodels.run_script(lambda: None)\n"  # ends as a script does: without it a process may be aborted
-        (copy.folder / "driver.py").write_text(LAYERS + code, encoding="utf-8")
-        command = (*TORCHRUN, "driver.py") if processes == 2 else ("driver.py",)
+        driver = copy.folder.parent / "driver.py"  # it would be a part of the recipe in the folder of the scripts
+        driver.write_text(LAYERS + code, encoding="utf-8")
+        command = (*TORCHRUN, str(driver)) if processes == 2 else (str(driver),)
         return copy.run(*command)
 
     return launch
@@ -81,7 +82,7 @@ def test_two_processes_follow_the_curve_of_one(copy, launch):
         done = launch(GRADIENTS + EVERY_ONE_SAVES + ALL_THREE, processes)
         assert done.returncode == 0, done.stderr
         output[processes] = done.stdout.splitlines()
-        made[processes] = {name: models.load_if_there(folder / f"{name}.pt") for name in models.SCRIPTS}
+        made[processes] = {name: models.load_file(folder / f"{name}.pt", "it") for name in models.SCRIPTS}
         if processes == 1:
             whole = torch.load(copy.folder / "gradients-0.pt")
     assert output[1][0] == "60 images" and output[2][0] == "30 images"

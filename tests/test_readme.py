@@ -94,7 +94,7 @@ def test_the_optimizer_for_transformers(tiny, monkeypatch):
     (line,) = re.findall(r"`optimizer =\s(torch.optim.AdamW[^`]*)`", README)
     monkeypatch.setattr(models, "Muon", lambda student, *_: eval(line, {"torch": torch, "student": student}))
     train_student.main()
-    recipe = models.load_if_there(tiny / "student.pt")["recipe"]
+    recipe = models.load_file(tiny / "student.pt", "it")["recipe"]
     assert recipe["optimizer"] == "AdamW" and recipe["initial_lr of group 0"] == 3e-3
 
 

@@ -11,6 +11,8 @@ import sys
 import pytest
 from conftest import ROOT, Copy
 
+import models
+
 SEQUENCE = ("train_teacher.py", "train_student.py", "distill.py", "evaluate.py")
 
 
@@ -105,6 +107,27 @@ def test_a_users_error_is_one_sentence(tmp_path):
         _, message = started.communicate(timeout=200)
         assert started.returncode == 1
         assert expected in message and "Traceback" not in message and len(message.splitlines()) == 1
+
+
+def test_arguments_are_refused(copy):
+    for argument in ("--help", "--epochs"):
+        done = copy.run("train_student.py", argument, "3")
+        said = f"train_student.py takes no arguments ({argument}): edit the constants at the top of the file.\n"
+        assert done.returncode == 1 and done.stdout == "" and done.stderr == said
+
+
+def test_a_script_is_profiled_from_another_folder(copy):
+    name = copy.folder.name
+    done = copy.run("-m", "cProfile", f"{name}/train_student.py", cwd=copy.folder.parent)
+    assert done.returncode == 0, done.stderr
+    recipe = models.load_file(copy.folder / "checkpoints" / "synthetic" / "student.pt", "it")["recipe"]
+    assert {key for key in recipe if ".py" in key} == {"train_student.py", "data.py", "models.py"}
+
+
+def test_a_script_from_standard_input_is_told_how_to_run_it(copy):
+    code = (copy.folder / "train_student.py").read_text(encoding="utf-8")
+    done = copy.run("-c", f"import sys; exec({code!r})")
+    assert done.returncode == 1 and done.stderr.startswith("Run a script as a file, as in python distill.py")
 
 
 def test_importing_does_no_work(tmp_path):

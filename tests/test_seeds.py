@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seeds
+import torch
 from conftest import run_edited
 
 import data
 import distill
+import evaluate
 import models
 import train_student
 import train_teacher
@@ -56,9 +58,11 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     message = capsys.readouterr().out.splitlines()
     assert made == {path: path.stat().st_mtime_ns for path in made}, "what was finished has been trained again"
 
-    results = [json.loads((root / f"seed-{seed}/synthetic/results.json").read_text())["models"] for seed in range(2)]
-    assert [row["recipe"]["SEED"] for models in results for row in models.values()] == [0, 0, 0, 1, 1, 1]
-    right = {name: 100 * np.array([models[name]["accuracy"] for models in results]) for name in results[0]}
+    paths = [root / f"seed-{seed}/synthetic/{name}.pt" for seed in range(2) for name in models.SCRIPTS]
+    assert [models.load_file(path, "it")["recipe"]["SEED"] for path in paths] == [0, 0, 0, 1, 1, 1]
+    assert not list(root.glob("seed-*/synthetic/results.json"))  # nothing is read back
+    correct = correct_by_image(root)
+    right = {name: 100 * rows.mean(1) for name, rows in correct.items()}
     for name, values in right.items():
         expected = [values.mean(), values.std(ddof=1)]
         assert numbers(message, f"{name:12}")[:2] == pytest.approx(expected, abs=0.006), name  # it prints two digits
@@ -66,13 +70,12 @@ def test_an_interrupted_series_goes_on_and_its_figures_are_right(series, tiny, m
     half = 12.71 * gains.std(ddof=1) / 2**0.5  # Student's t of one degree of freedom
     expected = [gains.mean(), gains.mean() - half, gains.mean() + half, *gains]
     assert numbers(message, "accuracy ") == pytest.approx(expected, abs=0.006)
-    correct = correct_by_image(root)
     by_image = 100 * (correct["distilled"] - correct["student"]).mean(0)
     half = 1.96 * by_image.std(ddof=1) / 100**0.5
     expected = [gains.mean(), gains.mean() - half, gains.mean() + half]
     assert numbers(message, "pooled accuracy") == pytest.approx(expected, abs=0.006)
     written = json.loads((root / "synthetic.json").read_text())
-    assert written["models"]["teacher"]["accuracy"] == [models["teacher"]["accuracy"] for models in results]
+    assert written["models"]["teacher"]["accuracy"] == pytest.approx(right["teacher"] / 100)
     assert written["distilled_minus_student"]["accuracy"]["by_seed"] == pytest.approx(gains.tolist())
     assert written["distilled_minus_student"]["accuracy"]["mean"] == pytest.approx(gains.mean())
     assert written["distilled_minus_student"]["pooled accuracy"]["ci95"] == pytest.approx(expected[1:])
@@ -88,7 +91,7 @@ def correct_by_image(root):
     correct = {name: [] for name in models.SCRIPTS}
     for seed in range(2):
         for name, rows in correct.items():
-            content = models.load_if_there(root / f"seed-{seed}" / "synthetic" / f"{name}.pt")
+            content = models.load_file(root / f"seed-{seed}" / "synthetic" / f"{name}.pt", "it")
             network = {"teacher": models.teacher, "student": models.student}[content["network"]](10)
             network.load_state_dict(content["state_dict"])
             logits = models.predict(name, network, test)
@@ -98,7 +101,6 @@ def correct_by_image(root):
 
 def test_with_a_hold_out_no_test_image_is_read(series, tiny, monkeypatch, capsys):
     monkeypatch.setattr(data, "HOLD_OUT", 40)
-    monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
     drawn, synthetic = [], data.synthetic
     monkeypatch.setattr(data, "synthetic", lambda split: drawn.append(split) or synthetic(split))
     series()
@@ -120,7 +122,10 @@ def test_a_series_under_torchrun_is_refused(series, monkeypatch):
 
 
 def test_a_series_of_other_constants_is_not_mixed_in(series, tiny, monkeypatch):
-    seeds.results_of(1, tiny.parent)
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent / "seed-1"))
+    for script in (train_teacher, train_student, distill):
+        monkeypatch.setattr(script, "SEED", 1)
+        script.main()
     monkeypatch.setattr(distill, "KD_WEIGHT", 0.5)
     with pytest.raises(SystemExit) as refused:
         series()  # seed 0 with the new weight, seed 1 with the old one
@@ -156,7 +161,6 @@ def test_networks_of_other_images_or_layers_are_not_mixed_in(module, name, value
 def test_figures_of_test_images_are_not_printed_as_those_of_a_hold_out(series, monkeypatch):
     series()
     monkeypatch.setattr(data, "HOLD_OUT", 40)
-    monkeypatch.setattr(data, "load_test", data.load_test)  # which the series replaces
     with pytest.raises(SystemExit, match="^Trained with other constants than now, or by another script: .*[.]pt"):
         series()
 
@@ -171,15 +175,80 @@ def test_the_figures_of_another_loss_are_not_printed_again(series, tmp_path, mon
     series()
 
 
-def test_a_network_that_was_deleted_is_trained_and_evaluated_again(series, tiny):
+def numbers_of(capsys, *starts):
+    lines = capsys.readouterr().out.splitlines()
+    return [numbers(lines, start) for start in starts]
+
+
+def test_the_figures_are_of_what_lies_there_now(series, tiny, monkeypatch, capsys):
+    """Networks that were trained by hand since, and test labels that were corrected."""
     series()
-    path = tiny.parent / "seed-1" / "synthetic" / "distilled.pt"
-    results = path.with_name("results.json")
-    before = json.loads(results.read_text())["models"]["distilled"]["recipe"]
+    before = numbers_of(capsys, "loss ", "pooled loss")
+    for seed in range(2):  # as students from the labels are
+        folder = tiny.parent / f"seed-{seed}" / "synthetic"
+        student = models.load_file(folder / "student.pt", "it")
+        distilled = models.load_file(folder / "distilled.pt", "it")
+        torch.save(distilled | {key: student[key] for key in ("state_dict", "answers")}, folder / "distilled.pt")
+    series()
+    (mean, *_), (pooled, *_) = numbers_of(capsys, "loss ", "pooled loss")
+    assert mean == pooled == 0 and 0 != before[0][0] == pytest.approx(before[1][0], abs=2e-4)
+    images, labels, classes = data.synthetic("test")
+    test = data.load_test("cpu")
+    network, _ = models.load_checkpoint("student", "synthetic", test)  # of the last seed
+    labels = models.predict("student", network, test).argmax(1).numpy()
+    drawn = data.synthetic
+    corrected = lambda split: (images, labels, classes) if split == "test" else drawn(split)  # noqa: E731
+    monkeypatch.setattr(data, "synthetic", corrected)
+    series()
+    assert json.loads((tiny.parent / "synthetic.json").read_text())["models"]["student"]["accuracy"][1] == 1
+
+
+def test_a_hold_out_and_test_images_are_not_mixed(series, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(data, "HOLD_OUT", 40)
+    series()
+    before = capsys.readouterr().out.split("hold-out images")[1]
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent / "seed-0"))
+    evaluate.main()  # by hand, on the test images
+    capsys.readouterr()
+    series()
+    assert capsys.readouterr().out.split("hold-out images")[1] == before
+
+
+@pytest.mark.parametrize("right", [{"teacher"}, {"teacher", "student", "distilled"}, {"student", "distilled"}])
+def test_no_share_of_the_gap_where_the_teacher_is_not_better(right, series, tiny, monkeypatch, capsys):
+    def predict(name, network, split, mirror=False, whole=models.predict):
+        logits = whole(name, network, split, mirror)
+        return 9 * torch.eye(10)[split.labels] if name in right and len(split) == 100 else logits
+
+    monkeypatch.setattr(models, "predict", predict)
+    series()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gap to the teacher")]
+    assert ("closed" in line) == (right == {"teacher"})
+    closed = json.loads((tiny.parent / "synthetic.json").read_text())["gap_closed"]
+    assert (closed is not None) == (right == {"teacher"})
+
+
+def test_a_damaged_network_is_named_with_its_path(series, tiny):
+    series()
+    path = tiny.parent / "seed-1" / "synthetic" / "student.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(SystemExit, match=f"{re.escape(str(path))} is damaged: delete it and run"):
+        series()
     path.unlink()
-    results.write_text("{}")
     series()
-    assert path.exists() and json.loads(results.read_text())["models"]["distilled"]["recipe"] == before
+
+
+def test_against_is_looked_at_before_anything_is_trained(series, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seeds, "AGAINST", "~/missing")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "home" / "missing" / "seed-0" / "synthetic" / "distilled.pt"
+    with pytest.raises(SystemExit, match=re.escape(f"There is no {path} (AGAINST in tests/seeds.py)")):
+        series()
+    assert "epoch" not in capsys.readouterr().out
+    monkeypatch.setattr(seeds, "AGAINST", "elsewhere")  # as CHECKPOINT_DIR, beside data.py
+    path = Path(data.__file__).parent / "elsewhere" / "seed-0" / "synthetic" / "distilled.pt"
+    with pytest.raises(SystemExit, match=re.escape(f"There is no {path} ")):
+        series()
 
 
 def test_an_edit_of_the_shared_code_is_mentioned(series, tmp_path, monkeypatch, capsys):
@@ -216,5 +285,13 @@ def test_two_ways_to_distil_are_compared(series, tiny, tmp_path, monkeypatch, ca
     (other / "seed-1" / "synthetic" / "teacher.pt").unlink()
     (other / "seed-0" / "synthetic" / "teacher.pt").unlink()
     monkeypatch.setenv("CHECKPOINT_DIR", str(other))
-    with pytest.raises(SystemExit, match="results.json is of another teacher"):
+    with pytest.raises(SystemExit, match="There is no .*seed-0/synthetic/teacher.pt: copy the teachers of AGAINST first"):
+        seeds.main()
+    monkeypatch.setattr(train_teacher, "EPOCHS", 2)
+    for seed in range(2):  # another one
+        monkeypatch.setenv("CHECKPOINT_DIR", str(other / f"seed-{seed}"))
+        monkeypatch.setattr(train_teacher, "SEED", seed + 5)
+        train_teacher.main()
+    monkeypatch.setenv("CHECKPOINT_DIR", str(other))
+    with pytest.raises(SystemExit, match="seed-0/synthetic/teacher.pt is another teacher than that of the distilled"):
         seeds.main()
