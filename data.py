@@ -10,6 +10,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,15 +31,31 @@ MIRROR = True  # show every image mirrored in every second epoch; False for digi
 
 SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
 
-# First word of each random seed, so that no two uses draw the same numbers.
+# First number of each random seed, so that no two uses draw the same numbers.
 ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING, CHOOSING, TRAINING = range(1, 8)
+
+
+# ---- Processes and paths: no matter of images ------------------------------------------------------------------------
 
 # This process's number, and how many processes there are; torchrun sets both.
 LAUNCHED = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
-BUILT_IN = {"cifar10": CIFAR10, "cifar100": CIFAR100, "synthetic": None}  # what DATASET can name
 BAR = {"leave": False, "disable": True if RANK else None}  # of tqdm's progress bars: None shows them on a terminal only
+
+
+def path_from(variable: str, constant: str) -> Path:
+    """The path in an environment variable, else in the constant of that name, which is relative to this file."""
+    from_environment = os.environ.get(variable)
+    if from_environment:
+        return Path(os.path.expanduser(from_environment))
+    constant = os.path.expanduser(str(constant))  # unlike Path's, it leaves the name of an unknown user as it is
+    return Path(__file__).parent / constant
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+BUILT_IN = {"cifar10": CIFAR10, "cifar100": CIFAR100, "synthetic": None}  # what DATASET can name
 
 
 @dataclass
@@ -65,15 +82,19 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     """The training images (TRAIN_IMAGES of those not held out) and the hold-out (None if HOLD_OUT is 0)."""
     images, labels, classes = _read("train")
     held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
-    rest = np.setdiff1d(np.arange(len(images)), held_out)
+    chosen = np.setdiff1d(np.arange(len(images)), held_out)
     if TRAIN_IMAGES:
-        rest = np.sort(rest[choose(labels[rest], min(TRAIN_IMAGES, len(rest)), CHOOSING)])
-    if len(rest) < TRAIN_IMAGES or len(set(labels[rest])) < len(classes):
+        count = min(TRAIN_IMAGES, len(chosen))
+        chosen = np.sort(chosen[choose(labels[chosen], count, CHOOSING)])
+    if len(chosen) < TRAIN_IMAGES or len(set(labels[chosen])) < len(classes):
         asked = f"HOLD_OUT = {HOLD_OUT} and TRAIN_IMAGES = {TRAIN_IMAGES} in data.py are too many or too few"
         raise SystemExit(f"{asked}: of {len(images)} images one at least of every class must be left to train on.")
-    content = fingerprint(images[rest], labels[rest], classes)
-    train = _image_set(images, labels, classes, rest, device, content)
-    return train, _image_set(images, labels, classes, held_out, device, content) if HOLD_OUT else None
+    content = fingerprint(images[chosen], labels[chosen], classes)
+    train = _image_set(images, labels, classes, chosen, device, content)
+    hold_out = None
+    if HOLD_OUT:
+        hold_out = _image_set(images, labels, classes, held_out, device, content)
+    return train, hold_out
 
 
 def load_test(device: torch.device | str) -> ImageSet:
@@ -82,70 +103,18 @@ def load_test(device: torch.device | str) -> ImageSet:
     return _image_set(images, labels, classes, np.arange(len(images)), device, None)
 
 
-def batches(
-    split: ImageSet, batch_size: int, epoch: int | None = None, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (images, labels, positions), each image of the split once.
-
-    images: float32 [B, 3, SIZE, SIZE], 0 to 1, channels-last in memory. labels: int64 [B].
-    positions: int64 [B], the images' places in the split.
-    With an epoch the images are that epoch's views and shuffled, by (seed, epoch); without one they are as they are and
-    in order. The batches hold batch_size images at most and differ by one at most, so that no epoch ends in a tiny one.
-    One of several processes gets its share of each batch.
-    """
-    count, device = len(split), split.labels.device
-    order = torch.arange(count, device=device)
-    if epoch is not None:
-        order = torch.from_numpy(np.random.default_rng([ORDER, seed, epoch]).permutation(count)).to(device)
-        views = draw_views(seed, epoch, int(split.index.max()) + 1)
-        rows, columns = (part.to(device)[split.index] for part in views)
-    parts = order.tensor_split(batch_count(count, batch_size))
-    for batch in tqdm(parts, "" if epoch is None else f"epoch {epoch + 1}", unit=" batches", **BAR):
-        positions = batch.tensor_split(WORLD_SIZE)[RANK]
-        if epoch is None:
-            images = split.images[positions]
-        else:
-            image, row, column = positions[:, None, None], rows[positions, :, None], columns[positions, None, :]
-            images = split.images[image, row, column]  # each pixel of each view: [B, SIZE, SIZE, 3]
-        yield images.permute(0, 3, 1, 2) / 255, split.labels[positions], positions
-
-
-def batch_count(images: int, batch_size: int) -> int:
-    """How many batches `batches` makes of that many images."""
-    return math.ceil(images / batch_size)
-
-
-def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, SIZE] each.
-
-    Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. With MIRROR every second
-    epoch shows it mirrored, so that two show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries
-    of image i are the same whatever the count.
-    """
-    shifts = np.random.default_rng([SHIFTS, seed, epoch]).integers(-SHIFT, SHIFT + 1, (count, 2, 1))
-    pixels = np.abs(np.arange(SIZE) + shifts)  # pixel -1 is pixel 1
-    pixels = SIZE - 1 - np.abs(SIZE - 1 - pixels)  # pixel SIZE is pixel SIZE - 2
-    first = np.random.default_rng([MIRRORS, seed]).integers(0, 2, (count, 1))
-    columns = np.where(MIRROR & ((first + epoch) % 2 == 1), SIZE - 1 - pixels[:, 1], pixels[:, 1])
-    return torch.tensor(pixels[:, 0]), torch.tensor(columns)
-
-
-def choose(labels: np.ndarray, count: int, word: int) -> np.ndarray:
-    """The positions of `count` images, every class in its share to within one; for one word always the same ones."""
-    order = np.random.default_rng(word).permutation(len(labels))
+def choose(labels: np.ndarray, count: int, purpose: int) -> np.ndarray:
+    """The positions of `count` images, every class in its share to within one; for one purpose always the same ones."""
+    order = np.random.default_rng(purpose).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    return by_class[((np.arange(count) + 0.5) * len(labels) / max(count, 1)).astype(int)]
-
-
-def path_from(variable: str, constant: str) -> Path:
-    """The path in an environment variable, else in the constant of that name, which is relative to this file."""
-    expand = os.path.expanduser  # unlike Path's, it leaves the name of an unknown user as it is
-    return Path(expand(os.environ.get(variable) or Path(__file__).parent / expand(str(constant))))
+    spacing = len(labels) / max(count, 1)
+    places = (np.arange(count) + 0.5) * spacing
+    return by_class[places.astype(int)]
 
 
 def dataset_name() -> str:
     """What the checkpoints' folder is called: the DATASET's own name, or a folder's with a hash of its whole path."""
-    dataset = os.environ.get("DATASET") or DATASET
+    dataset = (os.environ.get("DATASET") or str(DATASET)).rstrip("/")
     if dataset in BUILT_IN:
         return dataset
     path = path_from("DATASET", DATASET).resolve()
@@ -167,9 +136,17 @@ def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 
 
 def _image_set(images, labels, classes, positions, device, content) -> ImageSet:
-    """Those of the images at the positions, moved to the device."""
-    parts = (torch.from_numpy(array).to(device) for array in (images[positions], labels[positions], positions))
-    return ImageSet(dataset_name(), classes, *parts, fingerprint=content)
+    """Those of the images at the positions, moved to the device. All of them are not copied."""
+    if len(positions) < len(images):
+        images = images[positions]
+    return ImageSet(
+        dataset=dataset_name(),
+        classes=classes,
+        images=torch.from_numpy(images).to(device),
+        labels=torch.from_numpy(labels[positions]).to(device),
+        index=torch.from_numpy(positions).to(device),
+        fingerprint=content,
+    )
 
 
 def _cifar(dataset: type[CIFAR10], split: str) -> tuple[np.ndarray, list[int], list[str]]:
@@ -186,47 +163,159 @@ def _cifar(dataset: type[CIFAR10], split: str) -> tuple[np.ndarray, list[int], l
     return loaded.data, loaded.targets, loaded.classes
 
 
+# ---- Views and batches -----------------------------------------------------------------------------------------------
+
+
+def batches(
+    split: ImageSet, batch_size: int, epoch: int | None = None, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (images, labels, positions), each image of the split once.
+
+    images: float32 [B, 3, SIZE, SIZE], 0 to 1, channels-last in memory. labels: int64 [B].
+    positions: int64 [B], the images' places in the split.
+    With an epoch the images are that epoch's views and shuffled, by (seed, epoch); without one they are as they are and
+    in order. The batches hold batch_size images at most and differ by one at most, so that no epoch ends in a tiny one.
+    One of several processes gets its share of each batch.
+    """
+    count = len(split)
+    device = split.labels.device
+    if epoch is None:
+        description = ""
+        order = torch.arange(count, device=device)
+        rows = columns = torch.arange(SIZE, device=device).expand(count, SIZE)
+    else:
+        description = f"epoch {epoch + 1}"
+        shuffled = np.random.default_rng([ORDER, seed, epoch]).permutation(count)
+        order = torch.from_numpy(shuffled).to(device)
+        rows, columns = draw_views(seed, epoch, int(split.index.max()) + 1)
+        rows = rows.to(device)[split.index]
+        columns = columns.to(device)[split.index]
+    parts = order.tensor_split(batch_count(count, batch_size))
+    for part in tqdm(parts, description, unit=" batches", **BAR):
+        positions = part.tensor_split(WORLD_SIZE)[RANK]
+        image = positions[:, None, None]
+        row = rows[positions, :, None]
+        column = columns[positions, None, :]
+        images = split.images[image, row, column]  # each pixel of each view: [B, SIZE, SIZE, 3]
+        yield images.permute(0, 3, 1, 2) / 255, split.labels[positions], positions
+
+
+def batch_count(images: int, batch_size: int) -> int:
+    """How many batches `batches` makes of that many images."""
+    return math.ceil(images / batch_size)
+
+
+def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, SIZE] each.
+
+    Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. With MIRROR every second
+    epoch shows it mirrored, so that two show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries
+    of image i are the same whatever the count.
+    """
+    shifts = np.random.default_rng([SHIFTS, seed, epoch]).integers(-SHIFT, SHIFT + 1, (count, 2, 1))
+    pixels = np.abs(np.arange(SIZE) + shifts)  # pixel -1 is pixel 1
+    pixels = SIZE - 1 - np.abs(SIZE - 1 - pixels)  # pixel SIZE is pixel SIZE - 2
+    rows = pixels[:, 0]
+    columns = pixels[:, 1]
+    if MIRROR:
+        first = np.random.default_rng([MIRRORS, seed]).integers(0, 2, (count, 1))
+        mirrored = (first + epoch) % 2 == 1
+        columns = np.where(mirrored, SIZE - 1 - columns, columns)
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
+# ---- Folders of images -----------------------------------------------------------------------------------------------
+
+
 def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
-    """root/<split>/<class>/**/*: all files that are not hidden and whose ending Pillow can read, resized to SIZE."""
+    """root/<split>/<class>/**/*: all files whose ending Pillow can read, resized to SIZE."""
     if not root.exists():
         raise SystemExit(f"DATASET = {str(root)!r} does not exist. It can also be {', '.join(BUILT_IN)}.")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, left_out = {"train": {}, "test": {}}, []
-    for part, by_class in files.items():
-        for folder in sorted(folder for folder in (root / part).glob("[!.]*") if folder.is_dir()):
-            # A class is the same however its letters are composed; bytes that are no UTF-8 become escapes.
-            name = unicodedata.normalize("NFC", folder.name.encode("utf-8", "backslashreplace").decode())
-            for path in _files_below(folder):
-                if path.suffix.lower() in endings:
-                    by_class.setdefault(name, []).append(path)
-                else:
-                    left_out.append(path)
+    left_out = []
+    files = {}
+    for part in ("train", "test"):
+        files[part] = _files_by_class(root, part, left_out)
     if left_out:
         print(f"Left out because of their endings: {len(left_out)} files in {root}, such as {left_out[0].name}.")
-    train, test = (set(by_class) for by_class in files.values())
+    train = files["train"].keys()
+    test = files["test"].keys()
     if train != test or len(train) < 2:
-        only = f"; only train or only test has images of {sorted(train ^ test)[:5]}" if train != test else ""
         wanted = "train/<class>/<images> and test/<class>/<images>, with the same classes, at least two"
+        only = f"; only train or only test has images of {sorted(train ^ test)[:5]}" if train != test else ""
         raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
-    classes = sorted(files[split])
-    chosen = [(path, label) for label, name in enumerate(classes) for path in files[split][name]]
-    images = [read_image(path) for path, _ in tqdm(chosen, f"reading {root / split}", unit=" images", **BAR)]
-    return np.stack(images), [label for _, label in chosen], classes
+    classes = sorted(train)
+    paths = []
+    labels = []
+    for label, name in enumerate(classes):
+        paths += files[split][name]
+        labels += [label] * len(files[split][name])
+    return read_images(paths, f"reading {root / split}"), labels, classes
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """All that are not hidden, sorted. Links are followed, but each folder is read once, however it is reached."""
+def _files_by_class(root: Path, split: str, left_out: list[Path]) -> dict[str, list[Path]]:
+    """The images of each class that has some. What has other endings is added to left_out."""
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    by_class = {}
+    for folder in sorted((root / split).glob("*")):
+        if not folder.is_dir() or not _is_shown(folder, root):
+            continue
+        # A class is the same however its letters are composed; bytes that are no UTF-8 become escapes.
+        name = unicodedata.normalize("NFC", folder.name.encode("utf-8", "backslashreplace").decode())
+        for path in _files_below(folder, root):
+            if path.suffix.lower() in readable:
+                by_class.setdefault(name, []).append(path)
+            else:
+                left_out.append(path)
+    return by_class
+
+
+def _files_below(folder: Path, root: Path) -> list[Path]:
+    """All that are shown, sorted. Links are followed, but each folder is read once, however it is reached."""
 
     def fail(error: OSError):
         raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
 
-    found, seen = [], set()
+    found = []
+    seen = set()
     for where, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(where)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        found += [Path(where, name) for name in files if not name.startswith(".") and real not in seen]
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = [name for name in sorted(folders) if _is_shown(Path(where, name), root)]
+        found += [Path(where, name) for name in files if _is_shown(Path(where, name), root)]
     return sorted(found)
+
+
+def _is_shown(path: Path, root: Path) -> bool:
+    """Whether a file or folder counts. Hidden ones do not, nor do those that a NAS adds (@eaDir, #recycle), nor links
+    to a folder that is, holds, or is inside of root/train or root/test: another class's images would come with it.
+    """
+    if path.name.startswith((".", "@", "#")):
+        return False
+    if not path.is_symlink() or not path.is_dir():
+        return True
+    target = path.resolve()
+    splits = [(root / name).resolve() for name in ("train", "test")]
+    return not any(target.is_relative_to(split) or split.is_relative_to(target) for split in splits)
+
+
+def read_images(paths: list[Path], description: str) -> np.ndarray:
+    """uint8 [N, SIZE, SIZE, 3], read by as many threads as torch uses; ends the script as `read_image` does."""
+    images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
+
+    def read(place: int) -> None:
+        images[place] = read_image(paths[place])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        try:
+            for _ in tqdm(pool.map(read, range(len(paths))), description, len(paths), unit=" images", **BAR):
+                pass
+        except BaseException:  # Ctrl-C, or an image that cannot be read: the others are not waited for
+            pool.shutdown(cancel_futures=True)
+            raise
+    return images
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -238,12 +327,16 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
-                raise ValueError("it has more than 8 bits per channel, convert it first")
+                raise ValueError("it has more than 8 bits per channel")
             picture.draft("RGB", (4 * SIZE, 4 * SIZE))  # a large JPEG is decoded at a fraction of its size
             picture = ImageOps.exif_transpose(picture).convert("RGBA").resize((SIZE, SIZE))
-            return np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+            white = Image.new("RGBA", picture.size, "white")
+            return np.array(Image.alpha_composite(white, picture).convert("RGB"))
     except Exception as error:  # the decoders of so many formats raise nearly anything
-        raise SystemExit(f"The image {path} cannot be read: {error}.") from None
+        raise SystemExit(f"The image {path} cannot be read: {error}. Convert, shrink or remove it.") from None
+
+
+# ---- Synthetic images ------------------------------------------------------------------------------------------------
 
 
 def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -294,6 +387,9 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def synthetic_chances(share: np.ndarray) -> np.ndarray:
     """With which chance [N] flowers that stand at `share` [N] between two numbers of petals get the higher one."""
     return 1 / (1 + np.exp(-10 * (share - 0.5)))  # half at the middle, nearly sure at a whole number
+
+
+# ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def image_hashes(images: Tensor) -> Tensor:

@@ -215,12 +215,18 @@ def setup() -> torch.device:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has."""
+    """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has. Where the
+    output is not read any more, as by `| head`, it ends in silence.
+    """
     if len(sys.argv) > 1:
         script = Path(sys.argv[0]).name
         raise SystemExit(f"{script} takes no arguments ({sys.argv[1]}): edit the constants at the top of the file.")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(1)
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)

@@ -5,12 +5,15 @@
 For the DATASET and the CHECKPOINT_DIR of the scripts, after evaluate.py.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,6 +23,7 @@ import data
 import models
 
 UNDECIDED = 4  # images that are shown, see `undecided`
+LONGEST = 14  # letters of a class's name that fit
 COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
 
 
@@ -29,16 +33,32 @@ def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...
 
     For each the teacher's three likeliest classes, with their probabilities according to all networks.
     """
-    softened = {"teacher": logits["teacher"], f"teacher, T = {temperature:g}": logits["teacher"] / temperature}
-    second, second_softened = (part.softmax(1).topk(2).values[:, 1] for part in softened.values())
-    gained = (second_softened - second).where(logits["teacher"].argmax(1) == labels, -1)
+    teacher = logits["teacher"]
+    shown = {"teacher": teacher, f"teacher, T = {temperature:g}": teacher / temperature}
+    shown["student"] = logits["student"]
+    shown["distilled"] = logits["distilled"]
+    second = teacher.softmax(1).topk(2).values[:, 1]
+    second_softened = (teacher / temperature).softmax(1).topk(2).values[:, 1]
+    right = teacher.argmax(1) == labels
+    gained = (second_softened - second).where(right, -1)
+    count = min(UNDECIDED, right.sum().item())
     rows = []
-    for image in gained.argsort(descending=True)[:UNDECIDED].tolist():
-        top = logits["teacher"][image].topk(min(3, len(classes))).indices
-        shares = {name: part[image].softmax(0)[top].tolist() for name, part in (softened | logits).items()}
-        names = [classes[number] for number in top]
-        rows.append({"image": image, "label": classes[labels[image]], "classes": names, "shares": shares})
+    for image in gained.argsort(descending=True)[:count].tolist():
+        top = teacher[image].topk(min(3, len(classes))).indices
+        row = {"image": image, "label": classes[labels[image]]}
+        row["classes"] = [classes[number] for number in top]
+        row["shares"] = {name: part[image].softmax(0)[top].tolist() for name, part in shown.items()}
+        rows.append(row)
     return rows
+
+
+def printable(name: str) -> str:
+    """A class's name as it fits into the picture: cut, with question marks for letters that the font has not."""
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    letters = [letter if ord(letter) in known else "?" for letter in name]
+    if len(letters) > LONGEST:
+        letters = [*letters[: LONGEST - 1], "\N{HORIZONTAL ELLIPSIS}"]
+    return "".join(letters)
 
 
 def draw(figure: Figure, results: dict, rows: list[dict], images: np.ndarray) -> None:
@@ -47,52 +67,70 @@ def draw(figure: Figure, results: dict, rows: list[dict], images: np.ndarray) ->
     images: the test images, uint8 [N, SIZE, SIZE, 3].
     """
     upper, lower = figure.subfigures(2, height_ratios=[2, 3])
-    learning = upper.subplots()
-    lines = [line for row in results["models"].values() for line in row["curve"]]
-    shown = "hold_out_accuracy" if all("hold_out_accuracy" in line for line in lines) else "accuracy"
-    for name, row in results["models"].items():
-        epochs, values = [line["epoch"] for line in row["curve"]], [100 * line[shown] for line in row["curve"]]
-        label = f"{name}, test {row['accuracy']:.1%}"
-        learning.plot(epochs, values, marker=".", color=COLOURS[name], label=label)
-    where = "training views" if shown == "accuracy" else "the hold-out"
-    learning.set(title=results["dataset"], xlabel="epoch", ylabel=f"accuracy on {where}, %")
-    learning.legend()
-    pictures, bars = lower.subplots(2, len(rows), squeeze=False) if rows else ([], [])
+    draw_curves(upper.subplots(), results)
+    if not rows:
+        return
+    pictures, bars = lower.subplots(2, len(rows), squeeze=False)
     for row, picture, shares in zip(rows, pictures, bars):
         picture.imshow(images[row["image"]])
-        picture.set_title(f"labelled {row['label']}", fontsize="medium")
+        picture.set_title(f"labelled {printable(row['label'])}", fontsize="small")
         picture.axis("off")
-        for place, (name, values) in enumerate(row["shares"].items()):
-            where = [number + 0.2 * (place - 1.5) for number in range(len(values))]
-            style = {"color": COLOURS.get(name, "#aaaaaa"), "label": name}
-            shares.barh(where, [100 * value for value in values], 0.2, **style)
-        shares.set_yticks(range(len(row["classes"])), row["classes"], fontsize="small")
-        shares.invert_yaxis()
-        shares.set(xlabel="probability, %", xlim=(0, 100))
-    if rows:
-        lower.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        draw_shares(shares, row)
+    lower.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def draw_curves(axes: Axes, results: dict) -> None:
+    curves = {name: row["curve"] for name, row in results["models"].items()}
+    key = "hold_out_accuracy"
+    where = "the hold-out"
+    if not all(key in line for curve in curves.values() for line in curve):
+        key = "accuracy"
+        where = "training views"
+    for name, curve in curves.items():
+        epochs = [line["epoch"] for line in curve]
+        values = [100 * line[key] for line in curve]
+        label = f"{name}, test {results['models'][name]['accuracy']:.1%}"
+        axes.plot(epochs, values, marker=".", color=COLOURS[name], label=label)
+    axes.set(title=printable(results["dataset"]), xlabel="epoch", ylabel=f"accuracy on {where}, %")
+    axes.legend()
+
+
+def draw_shares(axes: Axes, row: dict) -> None:
+    """A group of bars for each class, in it one bar for each network."""
+    for place, (name, values) in enumerate(row["shares"].items()):
+        heights = [number + 0.2 * (place - 1.5) for number in range(len(values))]
+        widths = [100 * value for value in values]
+        axes.barh(heights, widths, 0.2, color=COLOURS.get(name, "#aaaaaa"), label=name)
+    names = [printable(name) for name in row["classes"]]
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlabel="probability, %", xlim=(0, 100))
 
 
 def main() -> None:
     device = models.setup()
     test = data.load_test(device)
     folder = models.checkpoint_dir(test.dataset)
-    if not (folder / "results.json").is_file():
-        raise SystemExit(f"There is no {folder / 'results.json'}: run python evaluate.py first.")
-    results, logits = json.loads((folder / "results.json").read_text(encoding="utf-8")), {}
+    path = folder / "results.json"
+    if not path.is_file():
+        raise SystemExit(f"There is no {path}: run python evaluate.py first.")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    logits = {}
     for name in models.SCRIPTS:
         network, checkpoint = models.load_checkpoint(name, test.dataset, test)
         if results["models"].get(name, {}).get("fingerprint") != data.fingerprint(*network.state_dict().values()):
-            raise SystemExit(f"{folder / 'results.json'} is older than {name}.pt: run python evaluate.py.")
+            raise SystemExit(f"{path} is older than {name}.pt: run python evaluate.py.")
         logits[name] = models.predict(name, network, test).cpu()
-    temperature = checkpoint["recipe"].get("TEMPERATURE", 1)
+    temperature = checkpoint["recipe"].get("TEMPERATURE", 1)  # of the last one, distilled.pt
     rows = undecided(logits, test.labels.cpu(), test.classes, temperature)
+    picture = io.BytesIO()
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $_$
         figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")  # readable on a dark page too
         draw(figure, results, rows, test.images.cpu().numpy())
-        figure.savefig(folder / "results.png", dpi=90)
+        figure.savefig(picture, dpi=90)
+    models.write_atomically(folder / "results.png", lambda file: file.write(picture.getvalue()))
     print(f"Drawn in {folder / 'results.png'}.")
 
 
 if __name__ == "__main__":
-    main()
+    models.run_script(main)

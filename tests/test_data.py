@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import zlib
 from dataclasses import replace
 
@@ -245,7 +246,7 @@ def test_the_fingerprint_is_of_images_labels_and_classes(tiny, monkeypatch):
     for change in (
         (images, labels, classes),
         (images, labels, classes),
-        (images[::-1], labels, classes),
+        (images[::-1].copy(), labels, classes),
         (images, labels[::-1], classes),
         (images, labels, classes[::-1]),
         (images[1:], labels[1:], classes),
@@ -327,7 +328,7 @@ def break_image(root):
 
 def break_by_size(root):
     Image.new("1", (20_000, 20_000)).save(root / "train" / "dark" / "3.png")  # 50 kB on the disk, 1.2 GB in memory
-    return root, "3.png.*cannot be read.*exceeds limit"
+    return root, "3.png.*cannot be read.*exceeds limit.* shrink or remove it.$"
 
 
 def break_by_half(root):
@@ -552,6 +553,74 @@ def test_a_folder_of_endings_that_cannot_be_read_says_so(folder, monkeypatch, ca
     assert "Left out because of their endings: 48 files" in capsys.readouterr().out
 
 
+def test_what_a_nas_adds_is_no_class_and_no_image(folder, monkeypatch, capsys):
+    for added in ("train/@eaDir", "test/@eaDir", "train/#recycle", "train/dark/@eaDir", "train/dark/@eaDir/3.png"):
+        (folder / added).mkdir()
+        grey(folder / added / "SYNOPHOTO_THUMB_M.jpg", 0)
+    monkeypatch.setenv("DATASET", str(folder))
+    train, _ = data.load_train("cpu")
+    assert train.classes == ("dark", "grey", "light") and len(train) == 36
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+@pytest.mark.parametrize("target", ["..", "../..", "../grey", "../../test", "../../test/grey", "../../..", "."])
+def test_a_link_back_into_the_dataset_brings_no_other_classes_images(target, folder, monkeypatch):
+    (folder / "train" / "dark" / "up").symlink_to(target)
+    (folder / "train" / "grey" / "inner").mkdir()
+    (folder / "train" / "grey" / "inner" / "up").symlink_to(f"../{target}")
+    monkeypatch.setenv("DATASET", str(folder))
+    train, _ = data.load_train("cpu")
+    assert len(train) == 36 and train.labels.bincount().tolist() == [12, 12, 12]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_class_may_be_a_link_to_pictures_elsewhere_but_not_to_another_class(folder, tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    (folder / "train" / "dark").rename(tmp_path / "raw" / "dark")
+    (folder / "train" / "dark").symlink_to("../../raw/dark")
+    for part in ("train", "test"):
+        (folder / part / "again").symlink_to("grey")
+    (tmp_path / "data").symlink_to(folder)  # and so may be the whole
+    for path in (folder, tmp_path / "data"):
+        monkeypatch.setenv("DATASET", str(path))
+        train, _ = data.load_train("cpu")
+        assert train.classes == ("dark", "grey", "light") and train.labels.bincount().tolist() == [12, 12, 12]
+
+
+def test_images_are_read_by_threads_in_their_order(folder, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    paths = [path for path in sorted((folder / "train").glob("*/*.png"))]
+    images = data.read_images(paths, "reading")
+    assert images.shape == (36, 32, 32, 3)
+    assert all(np.array_equal(image, data.read_image(path)) for image, path in zip(images, paths))
+
+
+def test_whole_sets_of_images_are_not_copied(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "read_images", lambda *given, whole=data.read_images: read.append(whole(*given)) or read[-1])
+    monkeypatch.setenv("DATASET", str(folder))
+    train, _ = data.load_train("cpu")
+    assert train.images.data_ptr() == read[0].ctypes.data
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, SystemExit])
+def test_reading_ends_soon_after_a_failure(failure, folder, monkeypatch):
+    started, paths = [], sorted((folder / "train").glob("*/*.png")) * 50
+
+    def read(path):
+        started.append(path)
+        time.sleep(0.01)
+        if len(started) == 10:
+            raise failure("ended")
+        return np.zeros((32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(data, "read_image", read)
+    with pytest.raises(failure):
+        data.read_images(paths, "reading")
+    assert len(started) < 100
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
 def test_linked_folders_are_followed(folder, tmp_path, monkeypatch):
     (folder / "train" / "dark").rename(tmp_path / "dark")
@@ -582,7 +651,7 @@ def test_the_order_of_the_files_is_by_folder_and_name(folder, monkeypatch):
     for name in ("b/2.png", "b/1.png", "a/3.png", "c.png", "b.png"):
         (dark / name).parent.mkdir(exist_ok=True)
         grey(dark / name, 0)
-    names = [str(path.relative_to(dark)) for path in data._files_below(dark)]
+    names = [str(path.relative_to(dark)) for path in data._files_below(dark, folder)]
     assert names == [str(path.relative_to(dark)) for path in sorted(dark.rglob("*.png"))]
 
 
@@ -642,6 +711,8 @@ def test_the_names_of_the_datasets_are_given(monkeypatch):
     message = "^DATASET = 'cifar-10' does not exist. It can also be cifar10, cifar100, synthetic.$"
     with pytest.raises(SystemExit, match=message):
         data.load_train("cpu")
+    monkeypatch.setenv("DATASET", "synthetic/")  # as a shell completes it
+    assert data.dataset_name() == "synthetic"
 
 
 @pytest.mark.parametrize("by", ["environment", "constant"])

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import data
 import distill
 import evaluate
+import models
 import train_student
 import train_teacher
 
@@ -32,6 +33,41 @@ def test_the_undecided_images_are_those_that_show_most_at_the_temperature():
     first = right[rows[0]["image"]]
     assert rows[0]["classes"] == ["a", "b", "c"] and rows[0]["label"] == "a"
     assert rows[0]["shares"]["teacher, T = 2"] == pytest.approx((first / 2).softmax(0).tolist())
+
+
+def test_only_images_on_which_the_teacher_is_right_are_shown():
+    wrong = torch.tensor([[3.0, 2.9, 0.0], [6.0, 3.0, 0.0], [1.0, 2.0, 0.0]])
+    rows = draw.undecided(dict.fromkeys(("teacher", "student", "distilled"), wrong), torch.ones(3).long(), "abc", 4.0)
+    assert [row["image"] for row in rows] == [2]
+
+
+def test_names_are_cut_and_letters_that_the_font_has_not_are_replaced(tiny, monkeypatch):
+    assert draw.printable("grün & grau") == "grün & grau" and draw.printable("日本 7") == "?? 7"
+    long = "a class name " * 6
+    assert draw.printable(long) == long[: draw.LONGEST - 1] + "…"
+    monkeypatch.setattr(data, "synthetic", lambda split, whole=data.synthetic: (*whole(split)[:2], [long] * 10))
+    for script in (train_teacher, train_student, distill, evaluate):
+        script.main()
+    figures = []
+    monkeypatch.setattr(draw, "draw", lambda figure, *given, whole=draw.draw: figures.append(figure) or whole(figure, *given))
+    draw.main()
+    (figure,) = figures
+    for place in (0, 1):  # the row of pictures with their titles, the row of bars with their classes
+        row = figure.axes[1 + place * draw.UNDECIDED :][: draw.UNDECIDED]
+        edges = [-5, *(edge for axes in row for edge in axes.get_tightbbox().intervalx), figure.bbox.width + 5]
+        assert edges == sorted(edges), "names overlap, or leave the picture"
+
+
+def test_a_folder_where_it_may_not_write_is_one_sentence(tiny, monkeypatch):
+    for script in (train_teacher, train_student, distill, evaluate):
+        script.main()
+
+    def refused(*arguments):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(models.os, "replace", refused)
+    with pytest.raises(SystemExit, match="results.png could not be written .Permission denied.: make room, or change"):
+        draw.main()
 
 
 def test_the_pictures_show_the_figures(tiny, monkeypatch):

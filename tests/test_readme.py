@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, same
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -40,6 +40,13 @@ def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     turned = Image.Exif()
     turned[0x0112] = 6
     to_pil_image(torch.rand(3, 900, 70)).save(pictures / "c.jpg", exif=turned)
+    (pictures / "d.DS_Store").write_bytes(b"what a Mac leaves")
+    (pictures / "e folder").mkdir()
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(pictures / "f.png")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("notes", "x" * 2_000_000, zip=True)
+    to_pil_image(torch.rand(3, 50, 70)).save(pictures / "g.png", pnginfo=text)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2**20)
     monkeypatch.chdir(tmp_path)
     exec(code_under("Use the student"), {})
     capsys.readouterr()
@@ -48,9 +55,11 @@ def test_the_section_that_uses_the_student(tiny, tmp_path, monkeypatch, capsys):
     exec(code_under("Use the student", 1), {})
     monkeypatch.undo()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["a.jpg", "b.png", "c.jpg"] and len(read) == 3
-    for line, path, pixels in zip(lines, sorted(pictures.iterdir()), read):
-        assert np.array_equal(pixels, data.read_image(path))  # as the scripts read it
+    assert [line.split()[0] for line in lines] == ["a.jpg", "b.png", "c.jpg", "d.DS_Store", "e", "f.png", "g.png"]
+    assert ["is left out: " in line for line in lines] == [False, False, False, True, True, True, False]
+    lines = [line for line in lines if "is left out" not in line]
+    for line, pixels in zip(lines, read, strict=True):
+        assert np.array_equal(pixels, data.read_image(pictures / line.split()[0]))  # as the scripts read it
         shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
         assert len(shares) == 3 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
     monkeypatch.setenv("CHECKPOINT_DIR", str(tiny.parent))

@@ -109,6 +109,35 @@ def test_a_users_error_is_one_sentence(tmp_path):
         assert expected in message and "Traceback" not in message and len(message.splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe ends otherwise there")
+def test_an_output_that_is_not_read_to_its_end_is_no_error_and_the_progress_stays(copy):
+    copy.edit("train_student.py", EPOCHS=400)
+    command = f"'{sys.executable}' '{copy.folder / 'train_student.py'}' | head -2"
+    done = copy.run("-c", f"import subprocess; print(subprocess.run({command!r}, shell=True, stderr=subprocess.PIPE))")
+    assert done.stdout.startswith("student: ") and "stderr=b''" in done.stdout, done.stdout
+    assert (copy.folder / "checkpoints" / "synthetic" / "student.progress.pt").exists()
+    for script in ("train_teacher.py", "train_student.py", "distill.py"):
+        copy.edit(script, EPOCHS=1)
+    (copy.folder / "checkpoints" / "synthetic" / "student.progress.pt").unlink()
+    assert copy.run("-c", "import train_student; train_student.main()").returncode == 0
+    command = f"'{sys.executable}' '{copy.folder / 'evaluate.py'}' | true"
+    done = copy.run("-c", f"import subprocess; print(subprocess.run({command!r}, shell=True, stderr=subprocess.PIPE))")
+    assert "stderr=b''" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+@pytest.mark.parametrize("script", ["seeds", "draw"])
+def test_the_tools_end_as_the_scripts_do(script, copy):
+    if script == "draw":
+        pytest.importorskip("matplotlib")
+    interrupt = "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nmodels.setup = interrupted"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
+    path = str(ROOT / "tests" / f"{script}.py")
+    code = f"import models, os, runpy, signal, sys, time\n{interrupt}\n{heard}\nsys.argv = [{path!r}]\n"
+    done = copy.run("-c", code + f"runpy.run_path({path!r}, run_name='__main__')")
+    assert done.returncode == 130 and done.stderr == "\nInterrupted. To go on, run the same command again.\n"
+
+
 def test_arguments_are_refused(copy):
     for argument in ("--help", "--epochs"):
         done = copy.run("train_student.py", argument, "3")
