@@ -54,7 +54,7 @@ def main() -> None:
     schedule = models.make_schedule(optimizer, steps)
     recipe = models.make_recipe(globals(), train, optimizer, schedule)
     recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
-    run = models.Run("distilled", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, SEED)
+    run = models.Run("distilled", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
     teacher_logits = models.predict("teacher", teacher, train, mirror=data.MIRROR)  # one answer per image, not per view
     right = models.accuracy(teacher_logits, train.labels)
     print(f"teacher: {models.parameter_count(teacher):,} parameters, right on {right:.2%} of the training images")

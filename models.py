@@ -403,7 +403,7 @@ class Run:
 
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
     same weights, since all random numbers of an epoch follow from the seed, the epoch and the process alone.
-    recipe: see `make_recipe`; a run continues only with the same one. epochs, seed: how many, and of the training.
+    recipe: see `make_recipe`; a run continues only with the same one. epochs, steps, seed: of the whole training.
     curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and of the
     accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
     """
@@ -418,6 +418,7 @@ class Run:
         hold_out: ImageSet | None,
         recipe: dict,
         epochs: int,
+        steps: int,
         seed: int,
     ):
         self.name = name
@@ -441,7 +442,11 @@ class Run:
             self._continue()
         size = parameter_count(network)
         where = train.labels.device.type
-        print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, on {where}", flush=True)
+        print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, {steps:,} steps, on {where}")
+        if steps < 2000 and train.dataset != "synthetic":  # a first run is to be short
+            wanted = math.ceil(4000 * epochs / steps)
+            print(f"{name}: few steps; with EPOCHS = {wanted} in {SCRIPTS[name]} there would be 4,000.")
+        sys.stdout.flush()
 
     def _continue(self) -> None:
         """Loads the progress of an unfinished run; ends the script if it is one of other constants or code."""

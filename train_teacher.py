@@ -25,7 +25,7 @@ def main() -> None:
     optimizer = models.Muon(teacher, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
     recipe = models.make_recipe(globals(), train, optimizer, schedule)
-    run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, recipe, EPOCHS, SEED)
+    run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
 
     for epoch in run.epochs():
         for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):

@@ -146,7 +146,7 @@ def measure_steps(name: str, make, script, train: data.ImageSet, peak: float, st
     network = models.new_network(make, train, 0)
     optimizer = models.Muon(network, 1e-3, 0.0, 10**6)
     schedule = models.make_schedule(optimizer, 10**6)
-    run = models.Run(name, network, optimizer, schedule, train, None, {}, 1, 0)
+    run = models.Run(name, network, optimizer, schedule, train, None, {}, 1, 10**6, 0)
     fixed = next(batches(train, script))
 
     def step(images, labels):

@@ -71,7 +71,7 @@ def test_training_and_prediction_stay_on_the_device(device, monkeypatch):
     teacher_logits = models.predict("teacher", teacher, train, mirror=True)
     optimizer = models.Muon(student, 0.1, 1e-3, 4)
     schedule = models.make_schedule(optimizer, 4)
-    run = models.Run("distilled", student, optimizer, schedule, train, hold_out, {}, 1, 0)
+    run = models.Run("distilled", student, optimizer, schedule, train, hold_out, {}, 1, 2, 0)
     monkeypatch.setattr(models, "write_atomically", lambda path, write: None)
     for epoch in run.epochs():
         for images, labels, positions in data.batches(train, 25, epoch, 0):

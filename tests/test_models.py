@@ -734,6 +734,21 @@ def test_a_recipe_holds_the_plain_constants_of_all_three_files(tiny, monkeypatch
     assert json.loads(json.dumps(recipe, allow_nan=False)) == recipe
 
 
+def test_few_steps_are_named_with_the_epochs_that_would_be_enough(tiny, folder, monkeypatch, capsys):
+    train_student.main()
+    assert "200 images of synthetic, 14 steps, on cpu\nepoch" in capsys.readouterr().out  # a first run is to be short
+    monkeypatch.setenv("DATASET", str(folder))
+    train_student.main()
+    message = capsys.readouterr().out
+    assert ", 4 steps, on cpu\nstudent: few steps; with EPOCHS = 2000 in train_student.py there would be 4,000.\n" in message
+    monkeypatch.setattr(train_student, "BATCH_SIZE", 12)
+    monkeypatch.setattr(train_student, "EPOCHS", 667)
+    monkeypatch.setattr(models.Run, "epochs", lambda run: iter(()))
+    with pytest.raises(SystemExit, match="0 of 667 epochs were done"):
+        train_student.main()
+    assert "few steps" not in capsys.readouterr().out
+
+
 def test_a_loop_that_was_left_saves_nothing(tiny, monkeypatch):
     epochs = models.Run.epochs
     for done in (0, 1):
