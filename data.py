@@ -11,7 +11,7 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +56,15 @@ def path_from(variable: str, constant: str) -> Path:
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
 BUILT_IN = {"cifar10": CIFAR10, "cifar100": CIFAR100, "synthetic": None}  # what DATASET can name
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}  # of images
 
 
 @dataclass
 class ImageSet:
     """One split of a dataset, whole, on one device.
 
-    images: uint8 [N, SIZE, SIZE, 3]. labels: int64 [N]. index: int64 [N], each image's number in the whole split, which
-    its views follow from. fingerprint: of the training images and their labels, which a hold-out has too; None for test
+    images: uint8 [N, SIZE, SIZE, 3]. labels: int64 [N], -1 for none. index: int64 [N], each image's number in the whole
+    split, which its views follow from. fingerprint: of the training images and their labels, which a hold-out has too; None for test
     images.
     """
 
@@ -82,7 +83,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     """The training images (TRAIN_IMAGES of those not held out) and the hold-out (None if HOLD_OUT is 0)."""
     images, labels, classes = _read("train")
     held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
-    chosen = np.setdiff1d(np.arange(len(images)), held_out)
+    chosen = _not_held_out(labels)
     if TRAIN_IMAGES:
         count = min(TRAIN_IMAGES, len(chosen))
         chosen = np.sort(chosen[choose(labels[chosen], count, CHOOSING)])
@@ -97,10 +98,43 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     return train, hold_out
 
 
+def add_unlabelled(train: ImageSet) -> ImageSet:
+    """The training images, and after them those without a label, with labels of -1.
+
+    Of a built-in set these are what TRAIN_IMAGES leaves (never the hold-out), of a folder of images all in
+    <DATASET>/unlabelled, at any depth. Ends the script with one sentence where there are none.
+    """
+    folder = path_from("DATASET", DATASET) / "unlabelled"
+    if train.dataset in BUILT_IN:
+        images, labels, _ = _read("train")
+        index = np.setdiff1d(_not_held_out(labels), train.index.cpu())
+        images = images[index]
+        way_out = "set TRAIN_IMAGES in data.py"
+    else:
+        paths = [path for path in _files_below(folder, folder.parent) if path.suffix.lower() in ENDINGS]
+        images = read_images(paths, f"reading {folder}")
+        index = np.arange(len(paths))
+        way_out = f"put some into {folder}"
+    if len(images) == 0:
+        raise SystemExit(f"UNLABELLED = True in distill.py, but {train.dataset} has no images without a label: {way_out}.")
+    device = train.labels.device
+    return replace(
+        train,
+        images=torch.cat([train.images, torch.from_numpy(images).to(device)]),
+        labels=torch.cat([train.labels, torch.full((len(images),), -1, device=device)]),
+        index=torch.cat([train.index, torch.from_numpy(index).to(device)]),
+    )
+
+
 def load_test(device: torch.device | str) -> ImageSet:
     """The test images. No training script calls this, so that none chooses anything by them."""
     images, labels, classes = _read("test")
     return _image_set(images, labels, classes, np.arange(len(images)), device, None)
+
+
+def _not_held_out(labels: np.ndarray) -> np.ndarray:
+    """The positions of the images that HOLD_OUT leaves, in order."""
+    return np.setdiff1d(np.arange(len(labels)), choose(labels, HOLD_OUT, SETTING_ASIDE))
 
 
 def choose(labels: np.ndarray, count: int, purpose: int) -> np.ndarray:
@@ -254,7 +288,6 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
 
 def _files_by_class(root: Path, split: str, left_out: list[Path]) -> dict[str, list[Path]]:
     """The images of each class that has some. What has other endings is added to left_out."""
-    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     by_class = {}
     for folder in sorted((root / split).glob("*")):
         if not folder.is_dir() or not _is_shown(folder, root):
@@ -262,7 +295,7 @@ def _files_by_class(root: Path, split: str, left_out: list[Path]) -> dict[str, l
         # A class is the same however its letters are composed; bytes that are no UTF-8 become escapes.
         name = unicodedata.normalize("NFC", folder.name.encode("utf-8", "backslashreplace").decode())
         for path in _files_below(folder, root):
-            if path.suffix.lower() in readable:
+            if path.suffix.lower() in ENDINGS:
                 by_class.setdefault(name, []).append(path)
             else:
                 left_out.append(path)
@@ -273,7 +306,8 @@ def _files_below(folder: Path, root: Path) -> list[Path]:
     """All that are shown, sorted. Links are followed, but each folder is read once, however it is reached."""
 
     def fail(error: OSError):
-        raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
+        if os.path.exists(error.filename):
+            raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
 
     found = []
     seen = set()

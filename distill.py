@@ -20,6 +20,7 @@ LEARNING_RATE = 0.1  # at its peak
 WEIGHT_DECAY = 5e-4  # see models.Muon
 TEMPERATURE = 4.0  # divides the logits of both: the higher, the more the small probabilities count
 KD_WEIGHT = 0.9  # weight of the loss's term for the teacher; the labels' term has 1 - KD_WEIGHT
+UNLABELLED = False  # True: learn also from images without a label, those that TRAIN_IMAGES leaves or unlabelled/* has
 
 
 def distillation_loss(
@@ -28,12 +29,13 @@ def distillation_loss(
     """(1 - w) * CE(student, labels) + w * T^2 * KL(teacher || student), the KL between softmax(logits / T).
 
     student_logits, teacher_logits: [B, classes], of any floating type. labels: int64 [B]. Returns a float32 scalar.
-    Both parts are means over the images, in nats, and are computed from log-probabilities, which do not underflow.
+    Both parts are means over all images, in nats, and are computed from log-probabilities, which do not underflow.
+    An image without a label (-1) has a cross-entropy of 0: the teacher's answer needs none.
     The gradient of the KL shrinks as 1 / T^2; the factor T^2 keeps the balance of the two at every temperature
     (Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2).
     """
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
-    hard = F.cross_entropy(student_logits, labels)
+    hard = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum") / len(labels)
     soft = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1),
@@ -48,11 +50,13 @@ def main() -> None:
     models.check_constants(globals())
     train, hold_out = data.load_train(device)
     teacher, _ = models.load_checkpoint("teacher", train.dataset, train)
+    if UNLABELLED:
+        train = data.add_unlabelled(train)
     student = models.new_network(models.student, train, SEED)
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    recipe = models.make_recipe(globals(), train, optimizer, schedule)
+    recipe = models.make_recipe(globals(), train, optimizer, schedule, steps)
     recipe["teacher"] = data.fingerprint(*teacher.state_dict().values())
     run = models.Run("distilled", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
     teacher_logits = models.predict("teacher", teacher, train, mirror=data.MIRROR)  # one answer per image, not per view

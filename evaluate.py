@@ -23,7 +23,16 @@ from data import ImageSet
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
 FEWEST = 10  # images on which two networks must differ before a difference is called significant
-ONLY_DISTILLATION = ("TEMPERATURE", "KD_WEIGHT", "TEACHER_WIDTHS", "teacher")  # what a student alone does not depend on
+ONLY_DISTILLATION = {  # what a student that learns alone does not depend on, and what follows from it
+    "TEMPERATURE",
+    "KD_WEIGHT",
+    "UNLABELLED",
+    "TEACHER_WIDTHS",
+    "teacher",
+    "unlabelled",
+    "unlabelled images",
+    "steps",
+}
 
 
 def paired_difference(correct: Tensor, baseline: Tensor) -> tuple[float, float, float, int]:
@@ -138,9 +147,16 @@ def doubts(figures: dict[str, dict]) -> list[str]:
     sentences = []
     recipe = figures["student"]["recipe"]
     distilled_recipe = figures["distilled"]["recipe"]
+    left_out = set(ONLY_DISTILLATION)
+    unlabelled = distilled_recipe.get("unlabelled images")
+    if unlabelled:
+        seen = f"distilled.pt has learned from {unlabelled:,} more images, without labels, in"
+        sentences.append(f"{seen} {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps.")
+        left_out |= {name for name in recipe if name.startswith("lr of group")}  # the warm-up's first, of more steps
+        left_out.add("initial_lr of group 0" if recipe.get("optimizer") == "Muon" else "")  # Muon's angle
     settings = []
     for each in (recipe, distilled_recipe):
-        settings.append({name: each[name] for name in each if name not in ONLY_DISTILLATION and ".py" not in name})
+        settings.append({name: each[name] for name in each if name not in left_out and ".py" not in name})
     differing = models.differences(*settings)
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")

@@ -391,8 +391,8 @@ def parameter_count(network: nn.Module) -> int:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows of logits [N, classes] whose largest entry is at the label [N]."""
-    return (logits.argmax(1) == labels).sum().item() / len(labels)
+    """The share of rows of logits [N, classes] whose largest entry is at the label [N], of those that have one."""
+    return (logits.argmax(1) == labels).sum().item() / (labels >= 0).sum().item()
 
 
 # ---- A training's progress -------------------------------------------------------------------------------------------
@@ -404,8 +404,8 @@ class Run:
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
     same weights, since all random numbers of an epoch follow from the seed, the epoch and the process alone.
     recipe: see `make_recipe`; a run continues only with the same one. epochs, steps, seed: of the whole training.
-    curve: for each epoch the means of the loss that is trained on, of the cross-entropy on the labels and of the
-    accuracy over the training views, with a hold-out the accuracy on that, and the seconds of training so far.
+    curve: for each epoch the means over the training views of the loss that is trained on, and, of those with a label,
+    of the cross-entropy and the accuracy; with a hold-out the accuracy on that; the seconds of training so far.
     """
 
     def __init__(
@@ -430,7 +430,7 @@ class Run:
         self.last_epoch = epochs - 1
         self.seed = seed
         self.curve = []
-        self.totals = torch.zeros(4, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
+        self.totals = torch.zeros(5, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
         self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
         self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
         folder = self.checkpoint_path.parent
@@ -442,7 +442,11 @@ class Run:
             self._continue()
         size = parameter_count(network)
         where = train.labels.device.type
-        print(f"{name}: {size:,} parameters, {len(train):,} images of {train.dataset}, {steps:,} steps, on {where}")
+        unlabelled = (train.labels < 0).sum().item()
+        images = f"{len(train) - unlabelled:,} images of {train.dataset}"
+        if unlabelled:
+            images += f" and {unlabelled:,} without a label"
+        print(f"{name}: {size:,} parameters, {images}, {steps:,} steps, on {where}")
         if steps < 2000 and train.dataset != "synthetic":  # a first run is to be short
             wanted = math.ceil(4000 * epochs / steps)
             print(f"{name}: few steps; with EPOCHS = {wanted} in {SCRIPTS[name]} there would be 4,000.")
@@ -474,21 +478,22 @@ class Run:
     @torch.no_grad()
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Adds a batch to the epoch's figures, without waiting for the device."""
-        cross_entropy = F.cross_entropy(logits.float(), labels, reduction="sum")
+        cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
+        labelled = (labels >= 0).sum()
         images = torch.full_like(loss, len(labels))
-        self.totals += torch.stack([loss * images, cross_entropy, correct, images])
+        self.totals += torch.stack([loss * images, cross_entropy, correct, labelled, images])
 
     def _end_epoch(self, epoch: int, started: float) -> None:
         average_over_processes(self.totals)
         average_over_processes(*(buffer for buffer in self.network.buffers() if buffer.is_floating_point()))
-        loss, cross_entropy, correct, images = self.totals.tolist()
+        loss, cross_entropy, correct, labelled, images = self.totals.tolist()
         rate = WORLD_SIZE * images / (time.perf_counter() - started)
         figures = {
             "epoch": epoch + 1,
             "loss": loss / images,
-            "cross_entropy": cross_entropy / images,
-            "accuracy": correct / images,
+            "cross_entropy": cross_entropy / labelled,
+            "accuracy": correct / labelled,
         }
         self._check_finite(loss, epoch)
         line = f"epoch {epoch + 1:3}/{self.last_epoch + 1}: loss {figures['loss']:.3f}"
@@ -672,12 +677,18 @@ def check_constants(constants: dict) -> None:
                 raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least} to {most}.")
 
 
-def make_recipe(constants: dict, train: ImageSet, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> dict:
+def make_recipe(
+    constants: dict, train: ImageSet, optimizer: torch.optim.Optimizer, schedule: LambdaLR, steps: int
+) -> dict:
     """What decided how a network was trained, to be compared: images and precision, the files that train it (see
     `recipe_of_files`; constants: globals() of its script), the optimizer's and the schedule's class, and all plain
     values of the optimizer's groups.
     """
-    recipe = {"images": train.fingerprint, "precision": str(precision(train.labels.device))}
+    recipe = {"images": train.fingerprint, "steps": steps, "precision": str(precision(train.labels.device))}
+    unlabelled = train.images[train.labels < 0]
+    if len(unlabelled):
+        recipe["unlabelled"] = data.fingerprint(unlabelled)
+        recipe["unlabelled images"] = len(unlabelled)
     recipe |= recipe_of_files(vars(data), globals(), constants)
     recipe["optimizer"] = type(optimizer).__name__
     recipe["schedule"] = type(schedule).__name__

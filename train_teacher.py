@@ -24,7 +24,7 @@ def main() -> None:
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(teacher, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    recipe = models.make_recipe(globals(), train, optimizer, schedule)
+    recipe = models.make_recipe(globals(), train, optimizer, schedule, steps)
     run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
 
     for epoch in run.epochs():

@@ -11,6 +11,7 @@ from torchvision.transforms import Normalize
 
 import data
 import distill
+import evaluate
 import models
 import train_student
 import train_teacher
@@ -203,6 +204,172 @@ def test_a_teacher_of_the_same_hold_out_and_fewer_images_may_teach(tiny, monkeyp
     monkeypatch.setattr(data, "synthetic", lambda split: (255 - drawn[0], *drawn[1:]))
     with pytest.raises(SystemExit, match="so perhaps on the hold-out"):
         distill.main()
+
+
+@pytest.mark.parametrize("labelled", [[0, 2, 5], []])
+def test_images_without_a_label_count_in_the_mean_of_both_parts(labelled):
+    generator = torch.Generator().manual_seed(1)
+    student = (3 * torch.randn(6, 5, generator=generator)).requires_grad_()
+    teacher = 3 * torch.randn(6, 5, generator=generator)
+    labels = torch.full((6,), -1)
+    labels[labelled] = torch.tensor([0, 4, 2])[: len(labelled)]
+    loss = distill.distillation_loss(student, teacher, labels, 4.0, 0.9)
+    loss.backward()
+    by_hand = [loss_by_hand(student[[i]].double(), teacher[[i]].double(), labels[[i]], 4.0, 0.9) for i in labelled]
+    rest = [i for i in range(6) if i not in labelled]
+    without = [loss_by_hand(student[[i]].double(), teacher[[i]].double(), torch.tensor([0]), 4.0, 1.0) for i in rest]
+    expected = (sum(value for value, _ in by_hand) + 0.9 * sum(value for value, _ in without)) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    gradient = torch.zeros(6, 5, dtype=torch.float64)
+    for i, (_, part) in zip(labelled + rest, by_hand + [(value, 0.9 * part) for value, part in without]):
+        gradient[i] = part[0] / 6
+    assert torch.allclose(student.grad.double(), gradient, atol=1e-6)
+
+
+@pytest.fixture
+def few_labels(tiny, monkeypatch):
+    """50 of 200 synthetic images have labels, 30 are held out; the teacher has learned from the 50."""
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 50)
+    monkeypatch.setattr(data, "HOLD_OUT", 30)
+    train_teacher.main()
+    monkeypatch.setattr(distill, "UNLABELLED", True)
+    return tiny
+
+
+def test_what_train_images_leaves_has_no_label_and_is_never_held_out(few_labels, monkeypatch):
+    train, hold_out = data.load_train("cpu")
+    both = data.add_unlabelled(train)
+    assert len(both) == 170 and both.labels[:50].equal(train.labels) and (both.labels[50:] == -1).all()
+    assert sorted([*both.index.tolist(), *hold_out.index.tolist()]) == list(range(200))
+    assert both.fingerprint == train.fingerprint
+    monkeypatch.setattr(data, "HOLD_OUT", 0)
+    monkeypatch.setattr(data, "TRAIN_IMAGES", 0)
+    whole, _ = data.load_train("cpu")
+    assert both.images.equal(whole.images[both.index])
+    with pytest.raises(SystemExit, match="^UNLABELLED = True in distill.py, but synthetic has no images without a label"):
+        data.add_unlabelled(whole)
+
+
+def test_the_student_learns_from_images_without_a_label(few_labels, monkeypatch, capsys):
+    shown, loss = [], distill.distillation_loss
+
+    def spy(logits, teacher_logits, labels, *others):
+        shown.append(labels)
+        return loss(logits, teacher_logits, labels, *others)
+
+    monkeypatch.setattr(distill, "distillation_loss", spy)
+    capsys.readouterr()
+    distill.main()
+    message = capsys.readouterr().out
+    assert "50 images of synthetic and 120 without a label, 12 steps, on cpu" in message
+    assert len(shown) == 12 and (torch.cat(shown[:6]) < 0).sum() == 120
+    train, _ = data.load_train("cpu")
+    teacher, _ = models.load_checkpoint("teacher", "synthetic", train)
+    logits = models.predict("teacher", teacher, train, mirror=True)
+    assert f"right on {models.accuracy(logits, train.labels):.2%} of the training images" in message
+    recipe = models.load_file(few_labels / "distilled.pt", "it")["recipe"]
+    assert recipe["images"] == train.fingerprint and recipe["unlabelled images"] == 120 and recipe["steps"] == 12
+    assert re.fullmatch("[0-9a-f]{16}", recipe["unlabelled"])
+
+
+def test_the_figures_of_an_epoch_are_of_the_labelled_images(few_labels, monkeypatch):
+    steps, update = [], models.Run.update
+
+    def spy(run, *step):
+        steps.append(step)
+        update(run, *step)
+
+    monkeypatch.setattr(models.Run, "update", spy)
+    monkeypatch.setattr(distill, "EPOCHS", 1)
+    monkeypatch.setattr(distill, "BATCH_SIZE", 3)  # some batches have no label at all
+    distill.main()
+    (figures,) = models.load_file(few_labels / "distilled.pt", "it")["curve"]
+    logits, labels = (torch.cat([step[place] for step in steps]).float() for place in (1, 2))
+    assert any((labels < 0).all() for *_, labels in steps) and len(labels) == 170
+    known = labels >= 0
+    assert figures["cross_entropy"] == pytest.approx(F.cross_entropy(logits[known], labels[known].long()).item(), rel=1e-4)
+    assert figures["accuracy"] == pytest.approx((logits.argmax(1) == labels)[known].float().mean().item())
+    assert figures["loss"] == pytest.approx(sum(loss.item() * len(part) for loss, _, part in steps) / 170, rel=1e-4)
+
+
+def test_the_comparison_says_what_the_distilled_student_has_seen_and_is_fair(few_labels, monkeypatch, capsys):
+    train_student.main()
+    distill.main()
+    monkeypatch.setattr(data, "HOLD_OUT", 0)  # which networks of the training images may be evaluated with
+    capsys.readouterr()
+    evaluate.main()
+    message = capsys.readouterr().out
+    assert "distilled.pt has learned from 120 more images, without labels, in 12 steps; student.pt had 4 steps." in message
+    assert "fair comparison" not in message
+    monkeypatch.setattr(data, "HOLD_OUT", 30)
+    monkeypatch.setattr(distill, "LEARNING_RATE", 0.05)
+    distill.main()
+    monkeypatch.setattr(data, "HOLD_OUT", 0)
+    capsys.readouterr()
+    evaluate.main()
+    named = "different LEARNING_RATE (0.1, 0.05), initial_lr of group 1 (0.1, 0.05), initial_lr of group 2 (0.1, 0.05)."
+    assert named in capsys.readouterr().out
+
+
+def test_an_interrupted_run_with_unlabelled_images_ends_in_the_same_weights(few_labels, monkeypatch):
+    distill.main()
+    undisturbed = weights(few_labels / "distilled.pt")
+    write = models.write_atomically
+
+    def killed(path, content):
+        write(path, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill.main()
+    monkeypatch.setattr(distill, "UNLABELLED", False)
+    with pytest.raises(SystemExit, match="unlabelled .[0-9a-f]{16}, absent"):
+        distill.main()
+    monkeypatch.setattr(distill, "UNLABELLED", True)
+    distill.main()
+    assert same(weights(few_labels / "distilled.pt"), undisturbed)
+
+
+def test_a_test_image_among_the_unlabelled_ones_is_counted(few_labels, monkeypatch, capsys):
+    synthetic = data.synthetic
+    train, _ = data.load_train("cpu")
+    one = data.add_unlabelled(train).index[60].item()
+
+    def with_a_copy(split):
+        images, labels, classes = synthetic(split)
+        if split == "test":
+            images[7] = synthetic("train")[0][one]
+        return images, labels, classes
+
+    monkeypatch.setattr(data, "synthetic", with_a_copy)
+    distill.main()
+    monkeypatch.setattr(data, "HOLD_OUT", 0)
+    evaluate.main()
+    assert "1 of the test images are also among the training images." in capsys.readouterr().out
+
+
+def test_a_folder_of_images_with_unlabelled_ones(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATASET", str(folder))
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path / "made"))
+    for script in (train_teacher, train_student, distill):
+        monkeypatch.setattr(script, "EPOCHS", 1)
+        monkeypatch.setattr(script, "BATCH_SIZE", 18)
+    train_teacher.main()
+    monkeypatch.setattr(distill, "UNLABELLED", True)
+    where = re.escape(str(folder / "unlabelled"))
+    with pytest.raises(SystemExit, match=f"has no images without a label: put some into {where}.$"):
+        distill.main()
+    for name in ("a.png", "deep/er/b.PNG", "deep/@eaDir/c.png", "deep/notes.txt"):
+        path = folder / "unlabelled" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / "train" / "dark" / "3.png").read_bytes())
+    distill.main()
+    assert "36 images of my images-" in (message := capsys.readouterr().out) and " and 2 without a label" in message
+    both = data.add_unlabelled(data.load_train("cpu")[0])
+    assert both.images[36].equal(both.images[37])
+    assert (both.images[36].numpy() == data.read_image(folder / "train" / "dark" / "3.png")).all()
 
 
 def test_the_line_about_the_teacher_shows_that_its_classes_are_in_another_order(tiny, monkeypatch, capsys):

@@ -179,7 +179,7 @@ def test_every_constant_is_assigned_once_at_column_0_with_a_reason():
         "models.py": ["CHECKPOINT_DIR", "TEACHER_WIDTHS", "STUDENT_WIDTHS"],
         "train_teacher.py": shared,
         "train_student.py": shared,
-        "distill.py": [*shared, "TEMPERATURE", "KD_WEIGHT"],
+        "distill.py": [*shared, "TEMPERATURE", "KD_WEIGHT", "UNLABELLED"],
     }.items():
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
         for name in names:
