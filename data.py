@@ -132,7 +132,7 @@ def load_test(device: torch.device | str) -> ImageSet:
     return _image_set(images, labels, classes, np.arange(len(images)), device, None)
 
 
-def _not_held_out(labels: np.ndarray) -> np.ndarray:
+def _not_held_out(labels):
     """The positions of the images that HOLD_OUT leaves, in order."""
     return np.setdiff1d(np.arange(len(labels)), choose(labels, HOLD_OUT, SETTING_ASIDE))
 
@@ -155,7 +155,7 @@ def dataset_name() -> str:
     return f"{path.name}-{fingerprint(str(path))[:6]}"
 
 
-def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _read(split):
     """Images, uint8 [N, SIZE, SIZE, 3], labels, int64 [N], and the names of the classes."""
     name = dataset_name()
     if name in BUILT_IN and SIZE != 32:
@@ -169,7 +169,7 @@ def _read(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     return images, np.asarray(labels, dtype=np.int64), tuple(classes)
 
 
-def _image_set(images, labels, classes, positions, device, content) -> ImageSet:
+def _image_set(images, labels, classes, positions, device, content):
     """Those of the images at the positions, moved to the device. All of them are not copied."""
     if len(positions) < len(images):
         images = images[positions]
@@ -183,7 +183,7 @@ def _image_set(images, labels, classes, positions, device, content) -> ImageSet:
     )
 
 
-def _cifar(dataset: type[CIFAR10], split: str) -> tuple[np.ndarray, list[int], list[str]]:
+def _cifar(dataset, split):
     folder = path_from("DATA_DIR", DATA_DIR)
     if RANK > 0:
         torch.distributed.barrier()  # until rank 0 has downloaded what the others then find
@@ -261,7 +261,7 @@ def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
 # ---- Folders of images -----------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
+def _folder(root, split):
     """root/<split>/<class>/**/*: all files whose ending Pillow can read, resized to SIZE."""
     if not root.exists():
         raise SystemExit(f"DATASET = {str(root)!r} does not exist. It can also be {', '.join(BUILT_IN)}.")
@@ -286,7 +286,7 @@ def _folder(root: Path, split: str) -> tuple[np.ndarray, list[int], list[str]]:
     return read_images(paths, f"reading {root / split}"), labels, classes
 
 
-def _files_by_class(root: Path, split: str, left_out: list[Path]) -> dict[str, list[Path]]:
+def _files_by_class(root, split, left_out):
     """The images of each class that has some. What has other endings is added to left_out."""
     by_class = {}
     for folder in sorted((root / split).glob("*")):
@@ -302,10 +302,10 @@ def _files_by_class(root: Path, split: str, left_out: list[Path]) -> dict[str, l
     return by_class
 
 
-def _files_below(folder: Path, root: Path) -> list[Path]:
+def _files_below(folder, root):
     """All that are shown, sorted. Links are followed, but each folder is read once, however it is reached."""
 
-    def fail(error: OSError):
+    def fail(error):
         if os.path.exists(error.filename):
             raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
 
@@ -322,7 +322,7 @@ def _files_below(folder: Path, root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _is_shown(path: Path, root: Path) -> bool:
+def _is_shown(path, root):
     """Whether a file or folder counts. Hidden ones do not, nor do those that a NAS adds (@eaDir, #recycle), nor links
     to a folder that is, holds, or is inside of root/train or root/test: another class's images would come with it.
     """
@@ -339,7 +339,7 @@ def read_images(paths: list[Path], description: str) -> np.ndarray:
     """uint8 [N, SIZE, SIZE, 3], read by as many threads as torch uses; ends the script as `read_image` does."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
 
-    def read(place: int) -> None:
+    def read(place):
         images[place] = read_image(paths[place])
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -377,49 +377,61 @@ def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Ten classes of drawn flowers, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
 
     A class is a number of petals, 3 to 7, filled or as an outline. The label is truly uncertain: a flower stands
-    anywhere between two numbers, and is labelled by chance, see `synthetic_chances`. All else varies from image to
-    image. Drawn in float64: in float32 a few pixels would differ between processors.
+    anywhere between two numbers, and is labelled by chance, see `synthetic_chance`. All else varies from image to image.
+    Drawn in float64: in float32 a few pixels would differ between processors.
     """
     count = SYNTHETIC_IMAGES[split]
     rng = np.random.default_rng([DRAWING, split == "test"])
-
-    def draw(low, high, *shape):
-        return rng.uniform(low, high, (count, *shape))
-
-    petals, outlined = draw(2.5, 7.5).clip(3, 7), np.arange(count) % 2
-    fewer = np.floor(petals).clip(3, 6)
-    share = petals - fewer
-    labels = 2 * (fewer.astype(np.int64) - 3 + (draw(0, 1) >= 1 - synthetic_chances(share))) + outlined
-    right, down, turn, squeeze = (draw(*limits) for limits in ((-5, 5), (-5, 5), (0, 2 * np.pi), (0.83, 1.2)))
-    cos, sin = np.cos(turn), np.sin(turn)
-    size, depth = draw(7, 12), draw(0.2, 0.35)
-    ground, contrast = draw(0.2, 0.8, 3), draw(0.1, 0.4, 3)
-    flower = ground + np.where(ground < 0.5, 1, -1) * contrast  # lighter or darker, in each channel
-    textures = [  # two waves on the ground and two on the flower, each with its direction and length, colour and phase
-        (draw(-0.6, 0.6), draw(-0.6, 0.6), draw(-0.2, 0.2, 3), draw(0, 6.3)) for _ in range(4)
-    ]
-    column, images = np.arange(SIZE) - (SIZE - 1) / 2, np.empty((count, SIZE, SIZE, 3), np.uint8)
-    row = column[:, None]
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    labels = np.empty(count, np.int64)
     for i in range(count):
-        x, y = column - right[i], row - down[i]
-        x, y = (x * cos[i] - y * sin[i]) * squeeze[i], (x * sin[i] + y * cos[i]) / squeeze[i]
-        radius, angle = np.hypot(x, y), np.arctan2(y, x)
-        edge = (1 - share[i]) * np.cos(fewer[i] * angle) + share[i] * np.cos((fewer[i] + 1) * angle)
-        inside = size[i] * (1 + depth[i] * edge) - radius  # pixels from the edge, positive within
-        shape = 1.5 - np.abs(inside - 1.5) if outlined[i] else inside
-        cover = np.clip(shape + 0.5, 0, 1)[..., None]
-        waves = [
-            colour[i] * np.sin(across[i] * column + along[i] * row + phase[i])[..., None]
-            for across, along, colour, phase in textures
-        ]
-        picture = (1 - cover) * (ground[i] + waves[0] + waves[1]) + cover * (flower[i] + waves[2] + waves[3])
-        picture += rng.normal(0, 0.06, picture.shape)
-        images[i] = (picture.clip(0, 1) * 255).round()
-    return images, labels, [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
+        outlined = i % 2
+        images[i], petals = _flower(rng, outlined)
+        labels[i] = 2 * (petals - 3) + outlined
+    classes = [f"{number} {form}" for number in range(3, 8) for form in ("filled", "outlined")]
+    return images, labels, classes
 
 
-def synthetic_chances(share: np.ndarray) -> np.ndarray:
-    """With which chance [N] flowers that stand at `share` [N] between two numbers of petals get the higher one."""
+def _flower(rng, outlined):
+    """One picture, uint8 [SIZE, SIZE, 3], and the number of petals that it is said to show."""
+    petals = np.clip(rng.uniform(2.5, 7.5), 3, 7)
+    fewer = min(int(petals), 6)
+    share = petals - fewer  # of the way from that number to the next
+    number = fewer + (rng.random() < synthetic_chance(share))
+
+    column = np.arange(SIZE) - (SIZE - 1) / 2
+    row = column[:, None]
+    x = column - rng.uniform(-5, 5)
+    y = row - rng.uniform(-5, 5)
+    turn = rng.uniform(0, 2 * np.pi)
+    squeeze = rng.uniform(0.83, 1.2)
+    across = squeeze * (x * np.cos(turn) - y * np.sin(turn))
+    along = (x * np.sin(turn) + y * np.cos(turn)) / squeeze
+    angle = np.arctan2(along, across)
+    edge = (1 - share) * np.cos(fewer * angle) + share * np.cos((fewer + 1) * angle)
+    size = rng.uniform(7, 12) * (1 + rng.uniform(0.2, 0.35) * edge)
+    inside = size - np.hypot(across, along)  # pixels from the edge, positive within
+    if outlined:
+        inside = 1.5 - np.abs(inside - 1.5)
+    cover = np.clip(inside + 0.5, 0, 1)[..., None]
+
+    def wave():
+        """A part of a texture, with a direction and length, a colour and a phase of its own."""
+        to_right, down = rng.uniform(-0.6, 0.6, 2)
+        height = np.sin(to_right * column + down * row + rng.uniform(0, 6.3))
+        return rng.uniform(-0.2, 0.2, 3) * height[..., None]
+
+    ground = rng.uniform(0.2, 0.8, 3)
+    contrast = rng.uniform(0.1, 0.4, 3)
+    flower = np.where(ground < 0.5, ground + contrast, ground - contrast)  # lighter or darker, in each channel
+    picture = (1 - cover) * (ground + wave() + wave())
+    picture += cover * (flower + wave() + wave())
+    picture += rng.normal(0, 0.06, picture.shape)
+    return (picture.clip(0, 1) * 255).round(), number
+
+
+def synthetic_chance(share):
+    """With which chance a flower that stands at `share` between two numbers of petals gets the higher one."""
     return 1 / (1 + np.exp(-10 * (share - 0.5)))  # half at the middle, nearly sure at a whole number
 
 

@@ -45,7 +45,7 @@ def distillation_loss(
     return (1 - kd_weight) * hard + kd_weight * temperature**2 * soft
 
 
-def main() -> None:
+def main():
     device = models.setup()
     models.check_constants(globals())
     train, hold_out = data.load_train(device)

@@ -140,7 +140,7 @@ def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor)
     return results, sentences + doubts(figures)
 
 
-def doubts(figures: dict[str, dict]) -> list[str]:
+def doubts(figures):
     """Sentences that name whatever the two students' trainings differ in but distillation itself, and networks that
     were trained by other scripts, or by another teacher, than those that lie here now.
     """
@@ -173,7 +173,7 @@ def doubts(figures: dict[str, dict]) -> list[str]:
     return sentences
 
 
-def main() -> None:
+def main():
     device = models.setup()
     test = data.load_test(device)
     folder = models.checkpoint_dir(test.dataset)
@@ -205,7 +205,7 @@ def main() -> None:
     print(f"Written to {folder / 'results.json'}.")
 
 
-def show(results: dict, sentences: list[str]) -> None:
+def show(results, sentences):
     """Prints the figures of all networks and the sentences of `compare`."""
     print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
     print("            accuracy %    loss  ECE %  agreement %     parameters           MACs   images/s")

@@ -14,12 +14,14 @@ import random
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
@@ -43,20 +45,20 @@ SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distil
 OUR_FILES = {*SCRIPTS.values(), "evaluate.py", "data.py", "models.py"}
 FORMAT = 4  # of checkpoints, which hold tensors and plain values only
 TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moved them by 5e-6, edits by 6e-4
-LIMITS = {  # constant: type, least, most
-    "HOLD_OUT": (int, 0, math.inf),
-    "TRAIN_IMAGES": (int, 0, math.inf),
-    "SIZE": (int, 16, 256),
-    "SHIFT": (int, 0, data.SIZE - 1),
-    "WARM_UP": (float, 0, 1),
-    "SEED": (int, 0, 2**32 - 1),  # numpy's generators take seeds in words of 32 bits
-    "EPOCHS": (int, 1, math.inf),
-    "BATCH_SIZE": (int, 2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
-    "LEARNING_RATE": (float, 1e-12, 1e35),
-    "WEIGHT_DECAY": (float, 0, 1e38),
-    "LABEL_SMOOTHING": (float, 0, 1),
-    "TEMPERATURE": (float, 0.1, 100),  # beyond, float32 keeps too few digits of the loss
-    "KD_WEIGHT": (float, 0, 1),
+LIMITS = {  # constant: least, most; of whole numbers where the least is one
+    "HOLD_OUT": (0, math.inf),
+    "TRAIN_IMAGES": (0, math.inf),
+    "SIZE": (16, 256),
+    "SHIFT": (0, data.SIZE - 1),
+    "WARM_UP": (0.0, 1),
+    "SEED": (0, 2**32 - 1),  # numpy's generators take seeds in words of 32 bits
+    "EPOCHS": (1, math.inf),
+    "BATCH_SIZE": (2 * WORLD_SIZE - 1, math.inf),  # then every process has an image of every batch
+    "LEARNING_RATE": (1e-12, 1e35),
+    "WEIGHT_DECAY": (0.0, 1e38),
+    "LABEL_SMOOTHING": (0.0, 1),
+    "TEMPERATURE": (0.1, 100),  # beyond, float32 keeps too few digits of the loss
+    "KD_WEIGHT": (0.0, 1),
 }
 NOT_IN_RECIPE = {  # constants that change no training, or that the fingerprint of the images stands for
     "DATASET",
@@ -65,6 +67,7 @@ NOT_IN_RECIPE = {  # constants that change no training, or that the fingerprint 
     "CHECKPOINT_DIR",
     "PREDICTION_BATCH",
     "SCRIPTS",
+    "LIMITS",
     "LAUNCHED",
     "RANK",
     "BAR",
@@ -152,7 +155,7 @@ class Muon(torch.optim.SGD):
         super().__init__(groups, learning_rate, momentum=MOMENTUM, nesterov=True)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self):
         group = self.param_groups[0]
         for kernel, norm in self.norms.items():
             if kernel.grad is None:
@@ -205,8 +208,7 @@ def setup() -> torch.device:
         torch.backends.cudnn.allow_tf32 = BFLOAT16
         torch.backends.cuda.matmul.allow_tf32 = BFLOAT16
     if data.LAUNCHED and not torch.distributed.is_initialized():
-        with_nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
-        torch.distributed.init_process_group("nccl" if with_nccl else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -214,7 +216,7 @@ def setup() -> torch.device:
     return device
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]):
     """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has. Where the
     output is not read any more, as by `| head`, it ends in silence.
     """
@@ -235,7 +237,7 @@ def run_script(main: Callable[[], None]) -> None:
         torch.distributed.destroy_process_group()  # not after a failure: it could wait for the other ranks forever
 
 
-def average_over_processes(*tensors: Tensor) -> None:
+def average_over_processes(*tensors):
     """Replaces each tensor by its mean over all processes, if there are several."""
     if WORLD_SIZE > 1:
         for tensor in tensors:
@@ -258,22 +260,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
-def seed_random_numbers(seed: int) -> None:
+def seed_random_numbers(seed):
     """Seeds the generators of torch, on all devices, of Python and of numpy (whose seeds have 32 bits)."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-
-
-@contextlib.contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """After it all generators go on as if nothing had been drawn inside it."""
-    of_python = random.getstate()
-    of_numpy = np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
 
 
 # ---- Making, trying and asking a network -----------------------------------------------------------------------------
@@ -291,10 +282,10 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
     try:
         seed_random_numbers(seed)
         network = make(classes)
-        if not isinstance(network, nn.Module) or has_lazy_layers(network):
+        if not isinstance(network, nn.Module) or any(map(is_lazy, network.parameters())):
             check_logits(network, classes, source)  # refuses the one, and gives lazy layers their shapes
         network.to(device, memory_format=torch.channels_last)
-        with random_numbers_kept():
+        with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
             try_out(network, make(classes), device, classes, source)
     except Exception as error:  # of anybody's own network
         message = f"{source} makes a network that fails as shown above."
@@ -308,12 +299,7 @@ def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) ->
     return network
 
 
-def has_lazy_layers(network: nn.Module) -> bool:
-    """Whether some layers get their shapes from the first images."""
-    return any(isinstance(parameter, nn.UninitializedParameter) for parameter in network.parameters())
-
-
-def try_out(network: nn.Module, other: nn.Module, device: torch.device, classes: int, source: str) -> None:
+def try_out(network, other, device, classes, source):
     """Shows, by another network that was made as this one was, whether it can be saved and trained; leaves it as it is.
 
     With the same state_dict both must answer alike. An error where the other one fails in training mode.
@@ -334,9 +320,7 @@ def try_out(network: nn.Module, other: nn.Module, device: torch.device, classes:
     trained.sum().backward()  # an error where all is frozen
 
 
-def check_logits(
-    network: nn.Module, classes: int, source: str, device: torch.device | str = "cpu", training: bool = False
-) -> Tensor:
+def check_logits(network, classes, source, device="cpu", training=False):
     """The network's logits [2, classes] for two fixed pictures of random colours.
 
     Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
@@ -347,10 +331,10 @@ def check_logits(
     logits = None
     if isinstance(network, nn.Module):
         logits = network.train(training)(pictures)
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    shape = list(getattr(logits, "shape", ()))
+    if shape != [2, classes]:
         wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
-        raise SystemExit(f"{source} {wanted}, not to {found}.")
+        raise SystemExit(f"{source} {wanted}, not to {shape or type(logits).__name__}.")
     return logits
 
 
@@ -376,7 +360,7 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
     return whole
 
 
-def renew_statistics(network: nn.Module, batches: Iterable) -> None:
+def renew_statistics(network: nn.Module, batches: Iterable):
     """Batch normalisation's statistics anew, over the views of `data.batches`: after few steps the running ones still
     hold a part of their first values. Where some layers are frozen in eval mode, all is left as it is.
     """
@@ -398,63 +382,57 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 # ---- A training's progress -------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Run:
     """One network's training: its epochs, its progress on the screen and on the disk, its checkpoint at the end.
 
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
     same weights, since all random numbers of an epoch follow from the seed, the epoch and the process alone.
-    recipe: see `make_recipe`; a run continues only with the same one. epochs, steps, seed: of the whole training.
+    recipe: see `make_recipe`; a run continues only with the same one. epoch_count, steps, seed: of the whole training.
     curve: for each epoch the means over the training views of the loss that is trained on, and, of those with a label,
     of the cross-entropy and the accuracy; with a hold-out the accuracy on that; the seconds of training so far.
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: LambdaLR,
-        train: ImageSet,
-        hold_out: ImageSet | None,
-        recipe: dict,
-        epochs: int,
-        steps: int,
-        seed: int,
-    ):
-        self.name = name
-        self.network = network
-        self.resumed = {"network": network, "optimizer": optimizer, "schedule": schedule}
-        self.train = train
-        self.hold_out = hold_out
-        self.recipe = recipe
-        self.last_epoch = epochs - 1
-        self.seed = seed
-        self.curve = []
-        self.totals = torch.zeros(5, dtype=torch.float64, device=train.labels.device)  # of the epoch, see `update`
-        self.checkpoint_path = checkpoint_dir(train.dataset) / f"{name}.pt"
-        self.progress_path = self.checkpoint_path.with_suffix(".progress.pt")
-        folder = self.checkpoint_path.parent
+    name: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    train: ImageSet
+    hold_out: ImageSet | None
+    recipe: dict
+    epoch_count: int
+    steps: int
+    seed: int
+    curve: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.script = SCRIPTS[self.name]
+        self.resumed = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
+        device = self.train.labels.device
+        self.totals = torch.zeros(5, dtype=torch.float64, device=device)  # of the epoch, see `update`
+        folder = checkpoint_dir(self.train.dataset)
+        self.checkpoint_path = folder / f"{self.name}.pt"
+        self.progress_path = folder / f"{self.name}.progress.pt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         if self.progress_path.exists():
             self._continue()
-        size = parameter_count(network)
-        where = train.labels.device.type
-        unlabelled = (train.labels < 0).sum().item()
-        images = f"{len(train) - unlabelled:,} images of {train.dataset}"
+        unlabelled = (self.train.labels < 0).sum().item()
+        images = f"{len(self.train) - unlabelled:,} images of {self.train.dataset}"
         if unlabelled:
             images += f" and {unlabelled:,} without a label"
-        print(f"{name}: {size:,} parameters, {images}, {steps:,} steps, on {where}")
-        if steps < 2000 and train.dataset != "synthetic":  # a first run is to be short
-            wanted = math.ceil(4000 * epochs / steps)
-            print(f"{name}: few steps; with EPOCHS = {wanted} in {SCRIPTS[name]} there would be 4,000.")
+        size = parameter_count(self.network)
+        print(f"{self.name}: {size:,} parameters, {images}, {self.steps:,} steps, on {device.type}")
+        if self.steps < 2000 and self.train.dataset != "synthetic":  # a first run is to be short
+            wanted = math.ceil(4000 * self.epoch_count / self.steps)
+            print(f"{self.name}: few steps; with EPOCHS = {wanted} in {self.script} there would be 4,000.")
         sys.stdout.flush()
 
-    def _continue(self) -> None:
+    def _continue(self):
         """Loads the progress of an unfinished run; ends the script if it is one of other constants or code."""
-        progress = load_file(self.progress_path, SCRIPTS[self.name])
+        progress = load_file(self.progress_path, self.script)
         differing = differences(progress.get("recipe", {}), self.recipe)
         if differing:
             start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
@@ -462,11 +440,11 @@ class Run:
         for key, part in self.resumed.items():
             part.load_state_dict(progress[key])
         self.curve = progress["curve"]
-        print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.last_epoch + 1}.")
+        print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.epoch_count}.")
 
-    def epochs(self) -> Iterator[int]:
+    def epochs(self):
         """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
-        for epoch in range(len(self.curve), self.last_epoch + 1):
+        for epoch in range(len(self.curve), self.epoch_count):
             words = [data.TRAINING, self.seed, epoch, RANK]
             seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
             self.network.train()
@@ -476,7 +454,7 @@ class Run:
             self._end_epoch(epoch, started)
 
     @torch.no_grad()
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def update(self, loss, logits, labels):
         """Adds a batch to the epoch's figures, without waiting for the device."""
         cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
@@ -484,7 +462,7 @@ class Run:
         images = torch.full_like(loss, len(labels))
         self.totals += torch.stack([loss * images, cross_entropy, correct, labelled, images])
 
-    def _end_epoch(self, epoch: int, started: float) -> None:
+    def _end_epoch(self, epoch, started):
         average_over_processes(self.totals)
         average_over_processes(*(buffer for buffer in self.network.buffers() if buffer.is_floating_point()))
         loss, cross_entropy, correct, labelled, images = self.totals.tolist()
@@ -496,7 +474,7 @@ class Run:
             "accuracy": correct / labelled,
         }
         self._check_finite(loss, epoch)
-        line = f"epoch {epoch + 1:3}/{self.last_epoch + 1}: loss {figures['loss']:.3f}"
+        line = f"epoch {epoch + 1:3}/{self.epoch_count}: loss {figures['loss']:.3f}"
         line += f", cross-entropy {figures['cross_entropy']:.3f}, accuracy {figures['accuracy']:.2%}"
         if self.hold_out:
             logits = predict(self.name, self.network, self.hold_out)
@@ -506,33 +484,33 @@ class Run:
         seconds_before = self.curve[-1]["seconds"] if self.curve else 0.0
         self.curve.append(figures | {"seconds": seconds_before + seconds})
         line += f", {rate:,.0f} images/s"
-        if epoch < self.last_epoch:
+        left = self.epoch_count - len(self.curve)
+        if left:
             self._save_progress()
-            seconds_left = math.ceil((self.last_epoch - epoch) * seconds)
-            minutes_left = math.ceil(seconds_left / 60)
-            line += f", about {seconds_left} s left" if seconds_left < 120 else f", about {minutes_left} min left"
+            seconds_left = math.ceil(left * seconds)
+            line += f", about {seconds_left} s left" if seconds_left < 120 else f", about {seconds_left // 60 + 1} min left"
         print(line, flush=True)
 
-    def _check_finite(self, loss: float, epoch: int) -> None:
+    def _check_finite(self, loss, epoch):
         """Ends the script with a sentence where the training has diverged."""
         if math.isfinite(loss) and all(parameter.isfinite().all() for parameter in self.network.parameters()):
             return
-        message = f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {SCRIPTS[self.name]}."
+        message = f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {self.script}."
         if self.checkpoint_path.exists():
             message += f" {self.checkpoint_path} is still that of an earlier run."
         raise SystemExit(message)
 
-    def _save_progress(self) -> None:
+    def _save_progress(self):
         progress = {"recipe": self.recipe, "curve": self.curve}
         for key, part in self.resumed.items():
             progress[key] = part.state_dict()
         write_atomically(self.progress_path, lambda file: torch.save(progress, file))
 
-    def save(self) -> None:
+    def save(self):
         """Saves the checkpoint and removes the progress. Ends the script where epochs are left, as after a break."""
-        if len(self.curve) <= self.last_epoch:
-            done = f"{len(self.curve)} of {self.last_epoch + 1} epochs were done, so nothing is saved"
-            raise SystemExit(f"{self.name}: {done}. To stop earlier, lower EPOCHS in {SCRIPTS[self.name]}.")
+        if len(self.curve) < self.epoch_count:
+            done = f"{len(self.curve)} of {self.epoch_count} epochs were done, so nothing is saved"
+            raise SystemExit(f"{self.name}: {done}. To stop earlier, lower EPOCHS in {self.script}.")
         save_checkpoint(self.name, self.network, self.train, self.recipe, self.curve)
         if RANK == 0:
             self.progress_path.unlink(missing_ok=True)
@@ -547,7 +525,7 @@ def checkpoint_dir(dataset: str) -> Path:
     return data.path_from("CHECKPOINT_DIR", CHECKPOINT_DIR) / dataset
 
 
-def write_atomically(path: Path, write: Callable) -> None:
+def write_atomically(path, write):
     """Calls write(file) on a temporary file that then becomes `path`, on rank 0: a crash leaves the old or the new."""
     if RANK > 0:
         return
@@ -565,31 +543,26 @@ def write_atomically(path: Path, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_file(path: Path, script: str) -> dict:
+def load_file(path, script):
     """What torch.save wrote to path, on the CPU. Ends the script where it cannot be read: `script` writes it anew."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except PermissionError as error:
         raise SystemExit(f"{path} cannot be read: {error}.") from None
     except Exception:  # torch raises nearly anything on a damaged file
-        content = None
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.")
-    return content
+        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.") from None
 
 
 @torch.no_grad()
-def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()) -> None:
+def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()):
     """Saves the network's weights and answers, and what it was trained on and how. curve: see `Run`."""
     network.cpu()  # any machine can load it then
     source = f"The network of {name}.pt"
-    answers = check_logits(network, len(train.classes), source)
-    again = check_logits(network, len(train.classes), source)
     content = {
         "format": FORMAT,
         "network": "teacher" if name == "teacher" else "student",
         "state_dict": network.state_dict(),
-        "answers": answers if torch.equal(answers, again) else None,  # of a network that answers at random
+        "answers": check_logits(network, len(train.classes), source),
         "dataset": train.dataset,
         "size": data.SIZE,
         "image_hashes": data.image_hashes(train.images),
@@ -617,18 +590,18 @@ def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> t
     if checkpoint["size"] != data.SIZE:
         size = f"{checkpoint['size']}x{checkpoint['size']}"
         raise SystemExit(f"{path} is for images of {size} pixels, but SIZE = {data.SIZE} in data.py.")
-    network = rebuild(checkpoint, path, script)
-    if split is None:
-        return network.to(memory_format=torch.channels_last), checkpoint
-    if tuple(checkpoint["classes"]) != split.classes:
-        raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
-    if split.fingerprint not in (None, checkpoint["recipe"]["images"]):
-        check_hold_out(checkpoint["recipe"], dataset, path, script)
-    return network.to(split.labels.device, memory_format=torch.channels_last), checkpoint
+    network = rebuild(checkpoint, path, script).to(memory_format=torch.channels_last)
+    if split:
+        if tuple(checkpoint["classes"]) != split.classes:
+            raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
+        if split.fingerprint not in (None, checkpoint["recipe"]["images"]):
+            check_hold_out(checkpoint["recipe"], dataset, path, script)
+        network.to(split.labels.device)
+    return network, checkpoint
 
 
 @torch.no_grad()
-def rebuild(checkpoint: dict, path: Path, script: str) -> nn.Module:
+def rebuild(checkpoint, path, script):
     """The network of a checkpoint, in eval mode; ends the script where models.py makes another one than it holds.
 
     If it was edited since, the network must answer as it did when it was saved: shapes alone would not tell.
@@ -642,15 +615,13 @@ def rebuild(checkpoint: dict, path: Path, script: str) -> nn.Module:
     except RuntimeError:  # other names or shapes
         raise SystemExit(edited) from None
     answers = check_logits(network, classes, f"The network of {path}")
-    saved = checkpoint["answers"]
-    if saved is None or is_unedited(checkpoint["recipe"]):
-        return network
-    if not (answers - saved).abs().max() <= TOLERANCE * saved.abs().max():
+    apart = (answers - checkpoint["answers"]).abs().max()
+    if not is_unedited(checkpoint["recipe"]) and not apart <= TOLERANCE * answers.abs().max():
         raise SystemExit(edited)
     return network
 
 
-def check_hold_out(recipe: dict, dataset: str, path: Path, script: str) -> None:
+def check_hold_out(recipe, dataset, path, script):
     """Says that a network was trained on other images than now; ends the script if perhaps on those held out now."""
     message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
     message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
@@ -663,18 +634,18 @@ def check_hold_out(recipe: dict, dataset: str, path: Path, script: str) -> None:
 # ---- What a training was ---------------------------------------------------------------------------------------------
 
 
-def check_constants(constants: dict) -> None:
+def check_constants(constants: dict):
     """Ends a script, whose globals() are given, where a number in it, data.py or models.py is out of its LIMITS."""
     if "__file__" not in constants:
         raise SystemExit("Run a script as a file, as in python distill.py: its checkpoint says by which code it was made.")
     for names in (vars(data), globals(), constants):
         for name in LIMITS.keys() & names.keys():
             value = names[name]
-            kind, least, most = LIMITS[name]
-            if type(value) not in (int, kind) or not least <= value <= most:
-                wanted = "a whole number" if kind is int else "a number"
+            least, most = LIMITS[name]
+            if type(value) not in (int, type(least)) or not least <= value <= most:
+                wanted = "a whole number" if type(least) is int else "a number"
                 file = Path(names["__file__"]).name
-                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least} to {most}.")
+                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least:g} to {most:g}.")
 
 
 def make_recipe(
@@ -698,7 +669,7 @@ def make_recipe(
     return recipe
 
 
-def recipe_of_files(*files: dict) -> dict:
+def recipe_of_files(*files):
     """The constants of files, whose globals() are given, by value, and a hash of what else each file says; then hashes
     of the user's own modules: what is loaded from below this folder, but for tests and installed packages.
     """
@@ -717,12 +688,12 @@ def recipe_of_files(*files: dict) -> dict:
     return recipe
 
 
-def is_unedited(recipe: dict) -> bool:
+def is_unedited(recipe):
     """Whether models.py, and what it imports from below this folder, say what they said when the recipe was made."""
     return all(recipe.get(key) == value for key, value in recipe_of_files(globals()).items())
 
 
-def plain(values: dict) -> dict:
+def plain(values):
     """The entries that JSON can hold, as it gives them back: numbers, strings, None, lists, dictionaries of these."""
     kept = {}
     for name, value in values.items():
@@ -731,7 +702,7 @@ def plain(values: dict) -> dict:
     return kept
 
 
-def code_hash(path: Path, constants: Collection[str] = ()) -> str:
+def code_hash(path, constants=()):
     """8 hexadecimal digits of what the code in a file says, without comments, docstrings and what assigns constants."""
     said = ast.unparse(WithoutDocstrings().visit(ast.parse(path.read_bytes())))  # a line a statement
     lines = [line for line in said.splitlines() if line.partition(" = ")[0] not in constants]
@@ -741,11 +712,11 @@ def code_hash(path: Path, constants: Collection[str] = ()) -> str:
 class WithoutDocstrings(ast.NodeTransformer):
     """Takes them, and whatever else is but a constant in a line, out of a tree."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+    def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else node
 
 
-def differences(first: dict, second: dict) -> str:
+def differences(first, second):
     """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), GRAD_CLIP (absent, 1.0)"."""
     named = []
     for name in first | second:

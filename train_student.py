@@ -17,7 +17,7 @@ LEARNING_RATE = 0.1  # at its peak
 WEIGHT_DECAY = 5e-4  # see models.Muon
 
 
-def main() -> None:
+def main():
     device = models.setup()
     models.check_constants(globals())
     train, hold_out = data.load_train(device)

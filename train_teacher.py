@@ -16,7 +16,7 @@ WEIGHT_DECAY = 5e-4  # see models.Muon
 LABEL_SMOOTHING = 0.03  # share of each label that is spread over all classes; the student inherits the lower confidence
 
 
-def main() -> None:
+def main():
     device = models.setup()
     models.check_constants(globals())
     train, hold_out = data.load_train(device)

@@ -48,7 +48,7 @@ def device(request, tiny, monkeypatch):
         monkeypatch.setattr(models, "autocast", lambda device: contextlib.nullcontext())
     else:
         monkeypatch.setattr(models, "try_out", lambda *arguments: None)  # which has a backward pass
-    monkeypatch.setattr(models, "random_numbers_kept", contextlib.nullcontext)  # a generator's state must not be fake
+    monkeypatch.setattr(torch.random, "fork_rng", contextlib.nullcontext)  # a generator's state must not be fake
     device, real = torch.device(request.param), torch.zeros(1)
     with FakeTensorMode(allow_non_fake_inputs=True), Scalars():
         try:
