@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import unicodedata
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,13 +43,11 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 BAR = {"leave": False, "disable": True if RANK else None}  # of tqdm's progress bars: None shows them on a terminal only
 
 
-def path_from(variable: str, constant: str) -> Path:
+def path_from(variable, constant):
     """The path in an environment variable, else in the constant of that name, which is relative to this file."""
-    from_environment = os.environ.get(variable)
-    if from_environment:
-        return Path(os.path.expanduser(from_environment))
-    constant = os.path.expanduser(str(constant))  # unlike Path's, it leaves the name of an unknown user as it is
-    return Path(__file__).parent / constant
+    expand = os.path.expanduser  # unlike Path's, it leaves the name of an unknown user as it is
+    path = os.environ.get(variable) or Path(__file__).parent / expand(str(constant))
+    return Path(expand(path))
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -64,8 +61,8 @@ class ImageSet:
     """One split of a dataset, whole, on one device.
 
     images: uint8 [N, SIZE, SIZE, 3]. labels: int64 [N], -1 for none. index: int64 [N], each image's number in the whole
-    split, which its views follow from. fingerprint: of the training images and their labels, which a hold-out has too; None for test
-    images.
+    split, which its views follow from. fingerprint: of the training images and their labels, which a hold-out has too;
+    None for test images.
     """
 
     dataset: str
@@ -75,15 +72,15 @@ class ImageSet:
     index: Tensor
     fingerprint: str | None
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.labels)
 
 
-def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
+def load_train(device):
     """The training images (TRAIN_IMAGES of those not held out) and the hold-out (None if HOLD_OUT is 0)."""
     images, labels, classes = _read("train")
     held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
-    chosen = _not_held_out(labels)
+    chosen = np.setdiff1d(np.arange(len(labels)), held_out)
     if TRAIN_IMAGES:
         count = min(TRAIN_IMAGES, len(chosen))
         chosen = np.sort(chosen[choose(labels[chosen], count, CHOOSING)])
@@ -98,7 +95,7 @@ def load_train(device: torch.device | str) -> tuple[ImageSet, ImageSet | None]:
     return train, hold_out
 
 
-def add_unlabelled(train: ImageSet) -> ImageSet:
+def add_unlabelled(train):
     """The training images, and after them those without a label, with labels of -1.
 
     Of a built-in set these are what TRAIN_IMAGES leaves (never the hold-out), of a folder of images all in
@@ -107,7 +104,8 @@ def add_unlabelled(train: ImageSet) -> ImageSet:
     folder = path_from("DATASET", DATASET) / "unlabelled"
     if train.dataset in BUILT_IN:
         images, labels, _ = _read("train")
-        index = np.setdiff1d(_not_held_out(labels), train.index.cpu())
+        held_out = choose(labels, HOLD_OUT, SETTING_ASIDE)
+        index = np.setdiff1d(np.arange(len(labels)), np.concatenate([held_out, train.index.cpu()]))
         images = images[index]
         way_out = "set TRAIN_IMAGES in data.py"
     else:
@@ -116,7 +114,8 @@ def add_unlabelled(train: ImageSet) -> ImageSet:
         index = np.arange(len(paths))
         way_out = f"put some into {folder}"
     if len(images) == 0:
-        raise SystemExit(f"UNLABELLED = True in distill.py, but {train.dataset} has no images without a label: {way_out}.")
+        missing = f"{train.dataset} has no images without a label"
+        raise SystemExit(f"UNLABELLED = True in distill.py, but {missing}: {way_out}.")
     device = train.labels.device
     return replace(
         train,
@@ -126,27 +125,21 @@ def add_unlabelled(train: ImageSet) -> ImageSet:
     )
 
 
-def load_test(device: torch.device | str) -> ImageSet:
+def load_test(device):
     """The test images. No training script calls this, so that none chooses anything by them."""
     images, labels, classes = _read("test")
     return _image_set(images, labels, classes, np.arange(len(images)), device, None)
 
 
-def _not_held_out(labels):
-    """The positions of the images that HOLD_OUT leaves, in order."""
-    return np.setdiff1d(np.arange(len(labels)), choose(labels, HOLD_OUT, SETTING_ASIDE))
-
-
-def choose(labels: np.ndarray, count: int, purpose: int) -> np.ndarray:
+def choose(labels, count, purpose):
     """The positions of `count` images, every class in its share to within one; for one purpose always the same ones."""
     order = np.random.default_rng(purpose).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    spacing = len(labels) / max(count, 1)
-    places = (np.arange(count) + 0.5) * spacing
+    places = (np.arange(count) + 0.5) * len(labels) / max(count, 1)  # evenly spaced
     return by_class[places.astype(int)]
 
 
-def dataset_name() -> str:
+def dataset_name():
     """What the checkpoints' folder is called: the DATASET's own name, or a folder's with a hash of its whole path."""
     dataset = (os.environ.get("DATASET") or str(DATASET)).rstrip("/")
     if dataset in BUILT_IN:
@@ -200,9 +193,7 @@ def _cifar(dataset, split):
 # ---- Views and batches -----------------------------------------------------------------------------------------------
 
 
-def batches(
-    split: ImageSet, batch_size: int, epoch: int | None = None, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(split, batch_size, epoch=None, seed=0):
     """Yields (images, labels, positions), each image of the split once.
 
     images: float32 [B, 3, SIZE, SIZE], 0 to 1, channels-last in memory. labels: int64 [B].
@@ -234,12 +225,12 @@ def batches(
         yield images.permute(0, 3, 1, 2) / 255, split.labels[positions], positions
 
 
-def batch_count(images: int, batch_size: int) -> int:
+def batch_count(images, batch_size):
     """How many batches `batches` makes of that many images."""
     return math.ceil(images / batch_size)
 
 
-def draw_views(seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
+def draw_views(seed, epoch, count):
     """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, SIZE] each.
 
     Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. With MIRROR every second
@@ -335,7 +326,7 @@ def _is_shown(path, root):
     return not any(target.is_relative_to(split) or split.is_relative_to(target) for split in splits)
 
 
-def read_images(paths: list[Path], description: str) -> np.ndarray:
+def read_images(paths, description):
     """uint8 [N, SIZE, SIZE, 3], read by as many threads as torch uses; ends the script as `read_image` does."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
 
@@ -352,7 +343,7 @@ def read_images(paths: list[Path], description: str) -> np.ndarray:
     return images
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path):
     """uint8 [SIZE, SIZE, 3] from a file of any size and colour mode; ends the script with one sentence where it cannot.
 
     A photograph is turned as its camera was held; transparent parts become white.
@@ -373,12 +364,12 @@ def read_image(path: str | Path) -> np.ndarray:
 # ---- Synthetic images ------------------------------------------------------------------------------------------------
 
 
-def synthetic(split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def synthetic(split):
     """Ten classes of drawn flowers, always the same ones: uint8 [N, 32, 32, 3], int64 [N], the classes' names.
 
     A class is a number of petals, 3 to 7, filled or as an outline. The label is truly uncertain: a flower stands
-    anywhere between two numbers, and is labelled by chance, see `synthetic_chance`. All else varies from image to image.
-    Drawn in float64: in float32 a few pixels would differ between processors.
+    anywhere between two numbers, and is labelled by chance, see `synthetic_chance`. All else varies from image to
+    image. Drawn in float64: in float32 a few pixels would differ between processors.
     """
     count = SYNTHETIC_IMAGES[split]
     rng = np.random.default_rng([DRAWING, split == "test"])
@@ -438,12 +429,12 @@ def synthetic_chance(share):
 # ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def image_hashes(images: Tensor) -> Tensor:
+def image_hashes(images):
     """int64 [N]: the same number for the same pixels, uint8 [N, H, W, 3], whatever the dataset."""
     return torch.tensor([int(fingerprint(image), 16) - 2**63 for image in images.cpu()])
 
 
-def fingerprint(*parts) -> str:
+def fingerprint(*parts):
     """16 hexadecimal digits that follow from the content of arrays and tensors, and from the `repr` of plain values."""
     digest = hashlib.sha256()
     for part in parts:

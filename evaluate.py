@@ -12,13 +12,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import models
-from data import ImageSet
 
 BINS = 15  # of the expected calibration error
 Z = 1.96  # standard errors on each side of a 95 % interval
@@ -35,7 +34,7 @@ ONLY_DISTILLATION = {  # what a student that learns alone does not depend on, an
 }
 
 
-def paired_difference(correct: Tensor, baseline: Tensor) -> tuple[float, float, float, int]:
+def paired_difference(correct, baseline):
     """How much more often `correct` [N] is true than `baseline` [N] on the same images, in points, with its 95 %
     interval, and on how many images they differ: (difference, low, high, differing).
 
@@ -53,7 +52,7 @@ def paired_difference(correct: Tensor, baseline: Tensor) -> tuple[float, float, 
     return 100 * (gained - lost) / len(correct), low, high, gained + lost
 
 
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
+def calibration_error(logits, labels):
     """Expected calibration error: the mean gap between confidence and accuracy over BINS equal bins of confidence,
     weighted by the images in each (Guo et al. 2017, arXiv:1706.04599). logits [N, classes], labels [N]; 0 to 1."""
     confidence, answer = logits.double().softmax(1).max(1)
@@ -62,7 +61,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return gaps.abs().sum().item() / len(labels)
 
 
-def multiply_accumulates(network: nn.Module, image: Tensor) -> int | None:
+def multiply_accumulates(network, image):
     """How many the network's matrix products and convolutions need for one image [1, 3, H, W]; None with recurrent
     layers, whose fused kernels are not counted."""
     if any(isinstance(module, nn.RNNBase) for module in network.modules()):
@@ -75,7 +74,7 @@ def multiply_accumulates(network: nn.Module, image: Tensor) -> int | None:
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
 
 
-def images_per_second(network: nn.Module, images: Tensor) -> float:
+def images_per_second(network, images):
     """Of inference on a batch [B, 3, H, W]: the median of nine passes, after one that warms up."""
     seconds = []
     with torch.inference_mode(), models.autocast(images.device):
@@ -86,7 +85,7 @@ def images_per_second(network: nn.Module, images: Tensor) -> float:
     return len(images) / statistics.median(seconds[1:])
 
 
-def measure(name: str, images: ImageSet, image_hashes: Tensor) -> tuple[dict, Tensor]:
+def measure(name, images, image_hashes):
     """The figures of one network, and its logits [N, classes] on the CPU. image_hashes: data.image_hashes(images)."""
     network, checkpoint = models.load_checkpoint(name, images.dataset, images)
     logits = models.predict(name, network, images).cpu()
@@ -110,7 +109,7 @@ def measure(name: str, images: ImageSet, image_hashes: Tensor) -> tuple[dict, Te
     return figures, logits
 
 
-def compare(figures: dict[str, dict], logits: dict[str, Tensor], labels: Tensor) -> tuple[dict, list[str]]:
+def compare(figures, logits, labels):
     """What the figures show together, as results.json has it, and the sentences that say it.
 
     Adds to the figures of each network its agreement with the teacher.
@@ -150,8 +149,9 @@ def doubts(figures):
     left_out = set(ONLY_DISTILLATION)
     unlabelled = distilled_recipe.get("unlabelled images")
     if unlabelled:
-        seen = f"distilled.pt has learned from {unlabelled:,} more images, without labels, in"
-        sentences.append(f"{seen} {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps.")
+        seen = f"distilled.pt has learned from {unlabelled:,} more images, without labels"
+        steps = f"in {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps"
+        sentences.append(f"{seen}, {steps}.")
         left_out |= {name for name in recipe if name.startswith("lr of group")}  # the warm-up's first, of more steps
         left_out.add("initial_lr of group 0" if recipe.get("optimizer") == "Muon" else "")  # Muon's angle
     settings = []

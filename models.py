@@ -13,14 +13,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
@@ -93,13 +92,13 @@ class ConvNet(nn.Module):
     widths: channels of the first convolution, then of each stage.
     """
 
-    def __init__(self, classes: int, widths: tuple[int, ...]):
+    def __init__(self, classes, widths):
         super().__init__()
         self.stem = nn.Conv2d(3, widths[0], kernel_size=2)
         self.stages = nn.Sequential(*(Stage(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         normalised = (images - 0.5) * 4  # mean 0 and standard deviation 1, nearly, of most photographs
         features = self.stages(F.relu_(self.stem(normalised)))  # in place: less memory to pass over
         return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 9  # small logits: gentle first steps
@@ -108,7 +107,7 @@ class ConvNet(nn.Module):
 class Stage(nn.Module):
     """[B, inputs, H, W] to [B, outputs, H // 2, W // 2]."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs, outputs):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
@@ -117,7 +116,7 @@ class Stage(nn.Module):
         nn.init.dirac_(self.conv1.weight[:inputs])  # both start by passing on what comes in; the rest is random
         nn.init.dirac_(self.conv2.weight)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features):
         features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
         return F.relu_(self.norm2(self.conv2(features)))
 
@@ -136,7 +135,7 @@ class Muon(torch.optim.SGD):
     torch.optim.Muon takes matrices only.
     """
 
-    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int):
+    def __init__(self, network, learning_rate, weight_decay, steps):
         self.norms = {}  # kernel: its norm
         convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         for convolution in convolutions[1:]:
@@ -172,7 +171,7 @@ class Muon(torch.optim.SGD):
         super().step()
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix):
     """The matrix [M, N] with the singular vectors of `matrix`, and with singular values that are nearly the same.
 
     Where those of `matrix` are within a factor of ten they become 0.25 to 1.2 for a rank of 256, and 0.18 to 1.2 for
@@ -188,7 +187,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return nearer.to(matrix.dtype)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+def make_schedule(optimizer, steps):
     """Scales the optimizer's learning rates, whatever they are: linear warm-up to them, linear decay to 0."""
     warmup_steps = max(1, round(WARM_UP * steps))
     decay_steps = max(1, steps - warmup_steps)
@@ -198,7 +197,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
 # ---- Device, precision, processes ------------------------------------------------------------------------------------
 
 
-def setup() -> torch.device:
+def setup():
     """What every script calls first: its device, CUDA if available. Processes of torchrun meet here; rank 0 prints."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -216,7 +215,7 @@ def setup() -> torch.device:
     return device
 
 
-def run_script(main: Callable[[], None]):
+def run_script(main):
     """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has. Where the
     output is not read any more, as by `| head`, it ends in silence.
     """
@@ -245,7 +244,7 @@ def average_over_processes(*tensors):
             tensor /= WORLD_SIZE
 
 
-def precision(device: torch.device) -> torch.dtype:
+def precision(device):
     """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
     has_bfloat16 = False
     if device.type == "cuda":
@@ -255,7 +254,7 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if BFLOAT16 and has_bfloat16 else torch.float32
 
 
-def autocast(device: torch.device) -> torch.autocast:
+def autocast(device):
     """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
@@ -270,7 +269,7 @@ def seed_random_numbers(seed):
 # ---- Making, trying and asking a network -----------------------------------------------------------------------------
 
 
-def new_network(make: Callable[[int], nn.Module], train: ImageSet, seed: int) -> nn.Module:
+def new_network(make, train, seed):
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
     It is tried first: see `try_out`. Under torchrun each gradient is averaged over all processes by hooks, which unlike
@@ -339,7 +338,7 @@ def check_logits(network, classes, source, device="cpu", training=False):
 
 
 @torch.no_grad()
-def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False) -> Tensor:
+def predict(name, network, split, mirror=False):
     """The network's logits for the images as they are, float32 [N, classes]; leaves it in eval mode.
 
     With mirror, the mean of those for each image and for its mirror image. Ends the script where they are not finite.
@@ -360,7 +359,7 @@ def predict(name: str, network: nn.Module, split: ImageSet, mirror: bool = False
     return whole
 
 
-def renew_statistics(network: nn.Module, batches: Iterable):
+def renew_statistics(network, batches):
     """Batch normalisation's statistics anew, over the views of `data.batches`: after few steps the running ones still
     hold a part of their first values. Where some layers are frozen in eval mode, all is left as it is.
     """
@@ -369,12 +368,12 @@ def renew_statistics(network: nn.Module, batches: Iterable):
             update_bn(itertools.islice(batches, 100), network)  # 100 batches tell as much as all
 
 
-def parameter_count(network: nn.Module) -> int:
+def parameter_count(network):
     """How many numbers the network learns."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
+def accuracy(logits, labels):
     """The share of rows of logits [N, classes] whose largest entry is at the label [N], of those that have one."""
     return (logits.argmax(1) == labels).sum().item() / (labels >= 0).sum().item()
 
@@ -488,7 +487,8 @@ class Run:
         if left:
             self._save_progress()
             seconds_left = math.ceil(left * seconds)
-            line += f", about {seconds_left} s left" if seconds_left < 120 else f", about {seconds_left // 60 + 1} min left"
+            time_left = f"{seconds_left} s" if seconds_left < 120 else f"{seconds_left // 60 + 1} min"
+            line += f", about {time_left} left"
         print(line, flush=True)
 
     def _check_finite(self, loss, epoch):
@@ -520,7 +520,7 @@ class Run:
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_dir(dataset: str) -> Path:
+def checkpoint_dir(dataset):
     """Where the checkpoints teacher.pt, student.pt and distilled.pt, and what belongs to them, are kept."""
     return data.path_from("CHECKPOINT_DIR", CHECKPOINT_DIR) / dataset
 
@@ -554,7 +554,7 @@ def load_file(path, script):
 
 
 @torch.no_grad()
-def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict, curve: Iterable[dict] = ()):
+def save_checkpoint(name, network, train, recipe, curve=()):
     """Saves the network's weights and answers, and what it was trained on and how. curve: see `Run`."""
     network.cpu()  # any machine can load it then
     source = f"The network of {name}.pt"
@@ -574,7 +574,7 @@ def save_checkpoint(name: str, network: nn.Module, train: ImageSet, recipe: dict
     write_atomically(checkpoint_dir(train.dataset) / f"{name}.pt", lambda file: torch.save(content, file))
 
 
-def load_checkpoint(name: str, dataset: str, split: ImageSet | None = None) -> tuple[nn.Module, dict]:
+def load_checkpoint(name, dataset, split=None):
     """The trained network of that name in eval mode, on the split's device or the CPU, and all its checkpoint says.
 
     dataset: the name of the checkpoints' folder. Ends the script with one sentence where it is missing, has other
@@ -634,10 +634,10 @@ def check_hold_out(recipe, dataset, path, script):
 # ---- What a training was ---------------------------------------------------------------------------------------------
 
 
-def check_constants(constants: dict):
+def check_constants(constants):
     """Ends a script, whose globals() are given, where a number in it, data.py or models.py is out of its LIMITS."""
     if "__file__" not in constants:
-        raise SystemExit("Run a script as a file, as in python distill.py: its checkpoint says by which code it was made.")
+        raise SystemExit("Run a script as a file, as in python distill.py: a checkpoint says by which code it was made.")
     for names in (vars(data), globals(), constants):
         for name in LIMITS.keys() & names.keys():
             value = names[name]
@@ -648,9 +648,7 @@ def check_constants(constants: dict):
                 raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least:g} to {most:g}.")
 
 
-def make_recipe(
-    constants: dict, train: ImageSet, optimizer: torch.optim.Optimizer, schedule: LambdaLR, steps: int
-) -> dict:
+def make_recipe(constants, train, optimizer, schedule, steps):
     """What decided how a network was trained, to be compared: images and precision, the files that train it (see
     `recipe_of_files`; constants: globals() of its script), the optimizer's and the schedule's class, and all plain
     values of the optimizer's groups.
