@@ -116,13 +116,11 @@ def add_unlabelled(train):
     if len(images) == 0:
         missing = f"{train.dataset} has no images without a label"
         raise SystemExit(f"UNLABELLED = True in distill.py, but {missing}: {way_out}.")
-    device = train.labels.device
-    return replace(
-        train,
-        images=torch.cat([train.images, torch.from_numpy(images).to(device)]),
-        labels=torch.cat([train.labels, torch.full((len(images),), -1, device=device)]),
-        index=torch.cat([train.index, torch.from_numpy(index).to(device)]),
-    )
+    parts = {"images": images, "labels": np.full(len(images), -1), "index": index}
+    for name, part in parts.items():
+        whole = getattr(train, name)
+        parts[name] = torch.cat([whole, torch.from_numpy(part).to(whole.device)])
+    return replace(train, **parts)
 
 
 def load_test(device):
@@ -166,14 +164,10 @@ def _image_set(images, labels, classes, positions, device, content):
     """Those of the images at the positions, moved to the device. All of them are not copied."""
     if len(positions) < len(images):
         images = images[positions]
-    return ImageSet(
-        dataset=dataset_name(),
-        classes=classes,
-        images=torch.from_numpy(images).to(device),
-        labels=torch.from_numpy(labels[positions]).to(device),
-        index=torch.from_numpy(positions).to(device),
-        fingerprint=content,
-    )
+    images = torch.from_numpy(images).to(device)
+    labels = torch.from_numpy(labels[positions]).to(device)
+    index = torch.from_numpy(positions).to(device)
+    return ImageSet(dataset_name(), classes, images, labels, index, content)
 
 
 def _cifar(dataset, split):
@@ -334,12 +328,9 @@ def read_images(paths, description):
         images[place] = read_image(paths[place])
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        try:
-            for _ in tqdm(pool.map(read, range(len(paths))), description, len(paths), unit=" images", **BAR):
-                pass
-        except BaseException:  # Ctrl-C, or an image that cannot be read: the others are not waited for
-            pool.shutdown(cancel_futures=True)
-            raise
+        done = pool.map(read, range(len(paths)))  # where one fails, those that have not begun are left out
+        for _ in tqdm(done, description, len(paths), unit=" images", **BAR):
+            pass
     return images
 
 

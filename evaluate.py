@@ -66,11 +66,10 @@ def multiply_accumulates(network, image):
     layers, whose fused kernels are not counted."""
     if any(isinstance(module, nn.RNNBase) for module in network.modules()):
         return None
-    fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nor are those of transformers, so they are switched off
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(image)
-    torch.backends.mha.set_fastpath_enabled(fused)
+    torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
 
 
@@ -146,18 +145,16 @@ def doubts(figures):
     sentences = []
     recipe = figures["student"]["recipe"]
     distilled_recipe = figures["distilled"]["recipe"]
-    left_out = set(ONLY_DISTILLATION)
+    left_out = ONLY_DISTILLATION | {name for name in recipe | distilled_recipe if ".py" in name}
     unlabelled = distilled_recipe.get("unlabelled images")
     if unlabelled:
         seen = f"distilled.pt has learned from {unlabelled:,} more images, without labels"
         steps = f"in {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps"
         sentences.append(f"{seen}, {steps}.")
         left_out |= {name for name in recipe if name.startswith("lr of group")}  # the warm-up's first, of more steps
-        left_out.add("initial_lr of group 0" if recipe.get("optimizer") == "Muon" else "")  # Muon's angle
-    settings = []
-    for each in (recipe, distilled_recipe):
-        settings.append({name: each[name] for name in each if name not in left_out and ".py" not in name})
-    differing = models.differences(*settings)
+        if recipe.get("optimizer") == "Muon":
+            left_out.add("initial_lr of group 0")  # its angle
+    differing = models.differences(recipe, distilled_recipe, left_out)
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")
     for file in recipe:
@@ -197,8 +194,8 @@ def main():
         "torch": torch.__version__,
         "test_images": len(test),
         "models": figures,
+        **comparison,
     }
-    results |= comparison
     show(results, sentences)
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     models.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))

@@ -106,17 +106,22 @@ class ConvNet(nn.Module):
         return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 9  # small logits: gentle first steps
 
 
+def conv3x3(inputs, outputs):
+    """A convolution that starts by passing on what comes in; outputs beyond that are random."""
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight[:inputs])
+    return convolution
+
+
 class Stage(nn.Module):
     """[B, inputs, H, W] to [B, outputs, H // 2, W // 2]."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.conv1 = conv3x3(inputs, outputs)
         self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.conv2 = conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
-        nn.init.dirac_(self.conv1.weight[:inputs])  # both start by passing on what comes in; the rest is random
-        nn.init.dirac_(self.conv2.weight)
 
     def forward(self, features):
         features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
@@ -130,9 +135,8 @@ class LastStage(Stage):
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
-        self.conv3 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.conv3 = conv3x3(outputs, outputs)
         self.norm3 = nn.BatchNorm2d(outputs)
-        nn.init.dirac_(self.conv3.weight)
 
     def forward(self, features):
         features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))
@@ -306,10 +310,8 @@ def new_network(make, train, seed):
         with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
             try_out(network, make(classes), device, classes, source)
     except Exception as error:  # of anybody's own network
-        message = f"{source} makes a network that fails as shown above."
-        if precision(device) == torch.bfloat16:
-            message += " If it cannot compute in bfloat16, set BFLOAT16 = False in models.py."
-        raise RuntimeError(message) from error
+        way_out = "if it cannot compute in bfloat16, set BFLOAT16 = False in models.py"
+        raise RuntimeError(f"{source} makes a network that fails as shown above; {way_out}.") from error
     if WORLD_SIZE > 1:
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -326,7 +328,7 @@ def try_out(network, other, device, classes, source):
     other.to(device, memory_format=torch.channels_last)
     with torch.no_grad(), autocast(device):
         torch.manual_seed(0)  # for layers that are random in eval mode too
-        logits = check_logits(network, classes, source, device).float()
+        logits = check_logits(network, classes, source, device)
         network.load_state_dict(other.state_dict())  # a layer may have set itself by the pictures
         torch.manual_seed(0)
         apart = (logits - check_logits(other, classes, source, device)).abs().max()
@@ -339,13 +341,12 @@ def try_out(network, other, device, classes, source):
 
 
 def check_logits(network, classes, source, device="cpu", training=False):
-    """The network's logits [2, classes] for two fixed pictures of random colours.
+    """The network's logits [2, classes] for two fixed pictures, of pixels of random colours.
 
     Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
     """
-    colours = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)  # each of a block of 8x8 pixels
-    pictures = torch.from_numpy(colours.repeat(8, 2).repeat(8, 3)[:, :, : data.SIZE, : data.SIZE])
-    pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)  # as in training
+    colours = np.random.default_rng(0).random((2, 3, data.SIZE, data.SIZE), np.float32)
+    pictures = torch.from_numpy(colours).to(device).contiguous(memory_format=torch.channels_last)  # as in training
     logits = None
     if isinstance(network, nn.Module):
         logits = network.train(training)(pictures)
@@ -504,7 +505,10 @@ class Run:
         line += f", {rate:,.0f} images/s"
         left = self.epoch_count - len(self.curve)
         if left:
-            self._save_progress()
+            progress = {"recipe": self.recipe, "curve": self.curve}
+            for key, part in self.resumed.items():
+                progress[key] = part.state_dict()
+            write_atomically(self.progress_path, lambda file: torch.save(progress, file))
             seconds_left = math.ceil(left * seconds)
             time_left = f"{seconds_left} s" if seconds_left < 120 else f"{seconds_left // 60 + 1} min"
             line += f", about {time_left} left"
@@ -518,12 +522,6 @@ class Run:
         if self.checkpoint_path.exists():
             message += f" {self.checkpoint_path} is still that of an earlier run."
         raise SystemExit(message)
-
-    def _save_progress(self):
-        progress = {"recipe": self.recipe, "curve": self.curve}
-        for key, part in self.resumed.items():
-            progress[key] = part.state_dict()
-        write_atomically(self.progress_path, lambda file: torch.save(progress, file))
 
     def save(self):
         """Saves the checkpoint and removes the progress. Ends the script where epochs are left, as after a break."""
@@ -613,8 +611,14 @@ def load_checkpoint(name, dataset, split=None):
     if split:
         if tuple(checkpoint["classes"]) != split.classes:
             raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
-        if split.fingerprint not in (None, checkpoint["recipe"]["images"]):
-            check_hold_out(checkpoint["recipe"], dataset, path, script)
+        recipe = checkpoint["recipe"]
+        if split.fingerprint not in (None, recipe["images"]):
+            message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
+            message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
+            more_or_fewer = recipe.get("TRAIN_IMAGES") != data.TRAIN_IMAGES  # but none of the hold-out
+            if data.HOLD_OUT and not (recipe.get("HOLD_OUT") == data.HOLD_OUT and more_or_fewer):
+                raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
+            print(f"{message}.")
         network.to(split.labels.device)
     return network, checkpoint
 
@@ -638,16 +642,6 @@ def rebuild(checkpoint, path, script):
     if not is_unedited(checkpoint["recipe"]) and not apart <= TOLERANCE * answers.abs().max():
         raise SystemExit(edited)
     return network
-
-
-def check_hold_out(recipe, dataset, path, script):
-    """Says that a network was trained on other images than now; ends the script if perhaps on those held out now."""
-    message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
-    message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
-    others_of_the_same = recipe.get("HOLD_OUT") == data.HOLD_OUT and recipe.get("TRAIN_IMAGES") != data.TRAIN_IMAGES
-    if data.HOLD_OUT and not others_of_the_same:
-        raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
-    print(f"{message}.")
 
 
 # ---- What a training was ---------------------------------------------------------------------------------------------
@@ -733,11 +727,12 @@ class WithoutDocstrings(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else node
 
 
-def differences(first, second):
+def differences(first, second, left_out=()):
     """The entries in which two recipes differ, with both values: "EPOCHS (20, 1), GRAD_CLIP (absent, 1.0)"."""
     named = []
     for name in first | second:
-        values = first.get(name, "absent"), second.get(name, "absent")
-        if values[0] != values[1]:
-            named.append(f"{name} ({values[0]}, {values[1]})")
+        then = first.get(name, "absent")
+        now = second.get(name, "absent")
+        if then != now and name not in left_out:
+            named.append(f"{name} ({then}, {now})")
     return ", ".join(named)

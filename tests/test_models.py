@@ -312,7 +312,7 @@ class Masked(nn.Linear):
 def test_a_network_that_bfloat16_breaks_is_told_so_before_training(tiny, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(models, "student", lambda classes: Masked(3072, classes))
-    with pytest.raises(RuntimeError, match=r"fails as shown above.*bfloat16, set BFLOAT16 = False in models.py"):
+    with pytest.raises(RuntimeError, match=r"fails as shown above; if it cannot compute in bfloat16, set BFLOAT16 = False in models.py"):
         train_student.main()
     monkeypatch.setattr(models, "BFLOAT16", False)
     train_student.main()
