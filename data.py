@@ -152,11 +152,12 @@ def _read(split):
     if name in BUILT_IN and SIZE != 32:
         raise SystemExit(f"SIZE = {SIZE} in data.py is for folders of images: {name} needs SIZE = 32.")
     if name == "synthetic":
-        images, labels, classes = synthetic(split)
+        read = synthetic(split)
     elif name in BUILT_IN:
-        images, labels, classes = _cifar(BUILT_IN[name], split)
+        read = _cifar(BUILT_IN[name], split)
     else:
-        images, labels, classes = _folder(path_from("DATASET", DATASET), split)
+        read = _folder(path_from("DATASET", DATASET), split)
+    images, labels, classes = read
     return images, np.asarray(labels, dtype=np.int64), tuple(classes)
 
 

@@ -90,8 +90,8 @@ def measure(name, images, image_hashes):
     logits = models.predict(name, network, images).cpu()
     labels = images.labels.cpu()
     device = images.labels.device
-    batch = torch.rand(models.PREDICTION_BATCH[device.type], 3, data.SIZE, data.SIZE)
-    batch = batch.to(device, memory_format=torch.channels_last)
+    batch = torch.rand(models.PREDICTION_BATCH[device.type], 3, data.SIZE, data.SIZE, device=device)
+    batch = batch.to(memory_format=torch.channels_last)
     figures = {
         "accuracy": models.accuracy(logits, labels),
         "loss": F.cross_entropy(logits, labels).item(),
@@ -207,12 +207,12 @@ def show(results, sentences):
     print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
     print("            accuracy %    loss  ECE %  agreement %     parameters           MACs   images/s")
     for name, row in results["models"].items():
-        agreement = row["agreement_with_teacher"]
-        line = f"{name:10}{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}"
-        line += f"{'-':>13}" if agreement is None else f"{100 * agreement:13.2f}"
-        line += f"{row['parameters']:15,}"
-        line += f"{'-':>15}" if row["macs"] is None else f"{row['macs']:15,}"
-        print(f"{line}{row['images_per_second']:11,.0f}")
+        agreement = "-"
+        if row["agreement_with_teacher"] is not None:
+            agreement = f"{100 * row['agreement_with_teacher']:.2f}"
+        macs = "-" if row["macs"] is None else f"{row['macs']:,}"
+        figures = f"{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}{agreement:>13}"
+        print(f"{name:10}{figures}{row['parameters']:15,}{macs:>15}{row['images_per_second']:11,.0f}")
     print("", *sentences, sep="\n")
 
 

@@ -125,6 +125,9 @@ class Stage(nn.Module):
 
     def forward(self, features):
         features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))  # pooled first: a quarter to normalise
+        return self.refine(features)
+
+    def refine(self, features):
         return F.relu_(self.norm2(self.conv2(features)))
 
 
@@ -138,10 +141,9 @@ class LastStage(Stage):
         self.conv3 = conv3x3(outputs, outputs)
         self.norm3 = nn.BatchNorm2d(outputs)
 
-    def forward(self, features):
-        features = F.relu_(self.norm1(F.max_pool2d(self.conv1(features), 2)))
-        deeper = F.relu_(self.norm2(self.conv2(features)))
-        return features + F.relu_(self.norm3(self.conv3(deeper)))
+    def refine(self, features):
+        refined = super().refine(features)
+        return features + F.relu_(self.norm3(self.conv3(refined)))
 
 
 # ---- Optimizer and schedule ------------------------------------------------------------------------------------------
@@ -395,7 +397,8 @@ def parameter_count(network):
 
 def accuracy(logits, labels):
     """The share of rows of logits [N, classes] whose largest entry is at the label [N], of those that have one."""
-    return (logits.argmax(1) == labels).sum().item() / (labels >= 0).sum().item()
+    correct = logits.argmax(1) == labels
+    return correct[labels >= 0].double().mean().item()
 
 
 # ---- A training's progress -------------------------------------------------------------------------------------------
@@ -482,8 +485,7 @@ class Run:
         self.totals += torch.stack([loss * images, cross_entropy, correct, labelled, images])
 
     def _end_epoch(self, epoch, started):
-        average_over_processes(self.totals)
-        average_over_processes(*(buffer for buffer in self.network.buffers() if buffer.is_floating_point()))
+        average_over_processes(self.totals, *filter(torch.is_floating_point, self.network.buffers()))
         loss, cross_entropy, correct, labelled, images = self.totals.tolist()
         rate = WORLD_SIZE * images / (time.perf_counter() - started)
         figures = {
@@ -493,8 +495,8 @@ class Run:
             "accuracy": correct / labelled,
         }
         self._check_finite(loss, epoch)
-        line = f"epoch {epoch + 1:3}/{self.epoch_count}: loss {figures['loss']:.3f}"
-        line += f", cross-entropy {figures['cross_entropy']:.3f}, accuracy {figures['accuracy']:.2%}"
+        means = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format_map(figures)
+        line = f"epoch {epoch + 1:3}/{self.epoch_count}: {means}"
         if self.hold_out:
             logits = predict(self.name, self.network, self.hold_out)
             figures["hold_out_accuracy"] = accuracy(logits, self.hold_out.labels)
@@ -605,8 +607,8 @@ def load_checkpoint(name, dataset, split=None):
     if checkpoint.get("format") != FORMAT:
         raise SystemExit(f"{path} is of another version of models.py: run python {script} again.")
     if checkpoint["size"] != data.SIZE:
-        size = f"{checkpoint['size']}x{checkpoint['size']}"
-        raise SystemExit(f"{path} is for images of {size} pixels, but SIZE = {data.SIZE} in data.py.")
+        size = checkpoint["size"]
+        raise SystemExit(f"{path} is for images of {size}x{size} pixels, but SIZE = {data.SIZE} in data.py.")
     network = rebuild(checkpoint, path, script).to(memory_format=torch.channels_last)
     if split:
         if tuple(checkpoint["classes"]) != split.classes:
@@ -650,7 +652,7 @@ def rebuild(checkpoint, path, script):
 def check_constants(constants):
     """Ends a script, whose globals() are given, where a number in it, data.py or models.py is out of its LIMITS."""
     if "__file__" not in constants:
-        raise SystemExit("Run a script as a file, as in python distill.py: a checkpoint says by which code it was made.")
+        raise SystemExit("Run a script as a file, as in python distill.py: checkpoints tell by which code they were made.")
     for names in (vars(data), globals(), constants):
         for name in LIMITS.keys() & names.keys():
             value = names[name]

@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,11 +24,12 @@ LONGEST = 14  # letters of a class's name that fit
 COLOURS = {"teacher": "#555555", "student": "#d95f02", "distilled": "#1b6ca8"}
 
 
-def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...], temperature: float) -> list[dict]:
+def undecided(logits, labels, classes, temperature):
     """Of the images on which the teacher is right, the UNDECIDED ones whose second class gains most probability at the
     temperature of the distillation: there its softened answer adds most to the label.
 
-    For each the teacher's three likeliest classes, with their probabilities according to all networks.
+    logits: those of each network, [N, classes]. labels: int64 [N]. Returns for each image the teacher's three likeliest
+    classes, with their probabilities according to all networks.
     """
     teacher = logits["teacher"]
     shown = {"teacher": teacher, f"teacher, T = {temperature:g}": teacher / temperature}
@@ -45,14 +43,17 @@ def undecided(logits: dict[str, Tensor], labels: Tensor, classes: tuple[str, ...
     rows = []
     for image in gained.argsort(descending=True)[:count].tolist():
         top = teacher[image].topk(min(3, len(classes))).indices
-        row = {"image": image, "label": classes[labels[image]]}
+        shares = {}
+        for name, part in shown.items():
+            shares[name] = part[image].softmax(0)[top].tolist()
+        row = {"image": image, "shares": shares}
+        row["label"] = classes[labels[image]]
         row["classes"] = [classes[number] for number in top]
-        row["shares"] = {name: part[image].softmax(0)[top].tolist() for name, part in shown.items()}
         rows.append(row)
     return rows
 
 
-def printable(name: str) -> str:
+def printable(name):
     """A class's name as it fits into the picture: cut, with question marks for letters that the font has not."""
     known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     letters = [letter if ord(letter) in known else "?" for letter in name]
@@ -61,7 +62,7 @@ def printable(name: str) -> str:
     return "".join(letters)
 
 
-def draw(figure: Figure, results: dict, rows: list[dict], images: np.ndarray) -> None:
+def draw(figure, results, rows, images):
     """Draws the learning curves of results.json, and below them the rows that `undecided` gives.
 
     images: the test images, uint8 [N, SIZE, SIZE, 3].
@@ -76,10 +77,11 @@ def draw(figure: Figure, results: dict, rows: list[dict], images: np.ndarray) ->
         picture.set_title(f"labelled {printable(row['label'])}", fontsize="small")
         picture.axis("off")
         draw_shares(shares, row)
-    lower.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles, names = bars[0].get_legend_handles_labels()
+    lower.legend(handles, names, loc="outside lower center", ncols=4)
 
 
-def draw_curves(axes: Axes, results: dict) -> None:
+def draw_curves(axes, results):
     curves = {name: row["curve"] for name, row in results["models"].items()}
     key = "hold_out_accuracy"
     where = "the hold-out"
@@ -91,11 +93,13 @@ def draw_curves(axes: Axes, results: dict) -> None:
         values = [100 * line[key] for line in curve]
         label = f"{name}, test {results['models'][name]['accuracy']:.1%}"
         axes.plot(epochs, values, marker=".", color=COLOURS[name], label=label)
-    axes.set(title=printable(results["dataset"]), xlabel="epoch", ylabel=f"accuracy on {where}, %")
+    axes.set_title(printable(results["dataset"]))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"accuracy on {where}, %")
     axes.legend()
 
 
-def draw_shares(axes: Axes, row: dict) -> None:
+def draw_shares(axes, row):
     """A group of bars for each class, in it one bar for each network."""
     for place, (name, values) in enumerate(row["shares"].items()):
         heights = [number + 0.2 * (place - 1.5) for number in range(len(values))]
@@ -104,10 +108,11 @@ def draw_shares(axes: Axes, row: dict) -> None:
     names = [printable(name) for name in row["classes"]]
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel="probability, %", xlim=(0, 100))
+    axes.set_xlabel("probability, %")
+    axes.set_xlim(0, 100)
 
 
-def main() -> None:
+def main():
     device = models.setup()
     test = data.load_test(device)
     folder = models.checkpoint_dir(test.dataset)
@@ -118,7 +123,8 @@ def main() -> None:
     logits = {}
     for name in models.SCRIPTS:
         network, checkpoint = models.load_checkpoint(name, test.dataset, test)
-        if results["models"].get(name, {}).get("fingerprint") != data.fingerprint(*network.state_dict().values()):
+        measured = results["models"].get(name, {})
+        if measured.get("fingerprint") != data.fingerprint(*network.state_dict().values()):
             raise SystemExit(f"{path} is older than {name}.pt: run python evaluate.py.")
         logits[name] = models.predict(name, network, test).cpu()
     temperature = checkpoint["recipe"].get("TEMPERATURE", 1)  # of the last one, distilled.pt

@@ -600,7 +600,8 @@ def test_images_are_read_by_threads_in_their_order(folder, monkeypatch):
 
 def test_whole_sets_of_images_are_not_copied(folder, monkeypatch):
     read = []
-    monkeypatch.setattr(data, "read_images", lambda *given, whole=data.read_images: read.append(whole(*given)) or read[-1])
+    whole = data.read_images
+    monkeypatch.setattr(data, "read_images", lambda *given: read.append(whole(*given)) or read[-1])
     monkeypatch.setenv("DATASET", str(folder))
     train, _ = data.load_train("cpu")
     assert train.images.data_ptr() == read[0].ctypes.data

@@ -48,8 +48,8 @@ def test_names_are_cut_and_letters_that_the_font_has_not_are_replaced(tiny, monk
     monkeypatch.setattr(data, "synthetic", lambda split, whole=data.synthetic: (*whole(split)[:2], [long] * 10))
     for script in (train_teacher, train_student, distill, evaluate):
         script.main()
-    figures = []
-    monkeypatch.setattr(draw, "draw", lambda figure, *given, whole=draw.draw: figures.append(figure) or whole(figure, *given))
+    figures, whole = [], draw.draw
+    monkeypatch.setattr(draw, "draw", lambda figure, *given: figures.append(figure) or whole(figure, *given))
     draw.main()
     (figure,) = figures
     for place in (0, 1):  # the row of pictures with their titles, the row of bars with their classes

@@ -130,7 +130,7 @@ def test_an_output_that_is_not_read_to_its_end_is_no_error_and_the_progress_stay
 def test_the_tools_end_as_the_scripts_do(script, copy):
     if script == "draw":
         pytest.importorskip("matplotlib")
-    interrupt = "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nmodels.setup = interrupted"
+    interrupt = "def interrupted(): os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nmodels.setup = interrupted"
     heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
     path = str(ROOT / "tests" / f"{script}.py")
     code = f"import models, os, runpy, signal, sys, time\n{interrupt}\n{heard}\nsys.argv = [{path!r}]\n"
