@@ -165,8 +165,8 @@ class Muon(torch.optim.SGD):
         convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         for convolution in convolutions[1:]:
             kernel = convolution.weight
-            normalised = convolution.bias is None and convolution.groups == 1
-            if normalised and isinstance(kernel, nn.Parameter) and kernel.any():  # one of zeros could not turn
+            bare = convolution.bias is None and convolution.groups == 1
+            if bare and kernel.is_leaf and kernel.any():  # one of zeros could not turn
                 self.norms[kernel] = kernel.detach().norm()
         others = [parameter for parameter in network.parameters() if parameter not in self.norms]
         fewest, most = MUON_STEPS
@@ -428,28 +428,30 @@ class Run:
     curve: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
-        self.script = SCRIPTS[self.name]
+        name = self.name
+        train = self.train
+        device = train.labels.device
+        self.script = SCRIPTS[name]
         self.resumed = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
-        device = self.train.labels.device
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)  # of the epoch, see `update`
-        folder = checkpoint_dir(self.train.dataset)
-        self.checkpoint_path = folder / f"{self.name}.pt"
-        self.progress_path = folder / f"{self.name}.progress.pt"
+        folder = checkpoint_dir(train.dataset)
+        self.checkpoint_path = folder / f"{name}.pt"
+        self.progress_path = folder / f"{name}.progress.pt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         if self.progress_path.exists():
             self._continue()
-        unlabelled = (self.train.labels < 0).sum().item()
-        images = f"{len(self.train) - unlabelled:,} images of {self.train.dataset}"
+        unlabelled = (train.labels < 0).sum().item()
+        images = f"{len(train) - unlabelled:,} images of {train.dataset}"
         if unlabelled:
             images += f" and {unlabelled:,} without a label"
         size = parameter_count(self.network)
-        print(f"{self.name}: {size:,} parameters, {images}, {self.steps:,} steps, on {device.type}")
-        if self.steps < 2000 and self.train.dataset != "synthetic":  # a first run is to be short
+        print(f"{name}: {size:,} parameters, {images}, {self.steps:,} steps, on {device.type}")
+        if self.steps < 2000 and train.dataset != "synthetic":  # a first run is to be short
             wanted = math.ceil(4000 * self.epoch_count / self.steps)
-            print(f"{self.name}: few steps; with EPOCHS = {wanted} in {self.script} there would be 4,000.")
+            print(f"{name}: few steps; with EPOCHS = {wanted} in {self.script} there would be 4,000.")
         sys.stdout.flush()
 
     def _continue(self):
@@ -652,7 +654,7 @@ def rebuild(checkpoint, path, script):
 def check_constants(constants):
     """Ends a script, whose globals() are given, where a number in it, data.py or models.py is out of its LIMITS."""
     if "__file__" not in constants:
-        raise SystemExit("Run a script as a file, as in python distill.py: checkpoints tell by which code they were made.")
+        raise SystemExit("Run a script as a file, as in python distill.py: a checkpoint tells which code made it.")
     for names in (vars(data), globals(), constants):
         for name in LIMITS.keys() & names.keys():
             value = names[name]
@@ -660,7 +662,7 @@ def check_constants(constants):
             if type(value) not in (int, type(least)) or not least <= value <= most:
                 wanted = "a whole number" if type(least) is int else "a number"
                 file = Path(names["__file__"]).name
-                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least:g} to {most:g}.")
+                raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least:g} to {most}.")
 
 
 def make_recipe(constants, train, optimizer, schedule, steps):
