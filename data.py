@@ -207,9 +207,7 @@ def batches(split, batch_size, epoch=None, seed=0):
         description = f"epoch {epoch + 1}"
         shuffled = np.random.default_rng([ORDER, seed, epoch]).permutation(count)
         order = torch.from_numpy(shuffled).to(device)
-        rows, columns = draw_views(seed, epoch, int(split.index.max()) + 1)
-        rows = rows.to(device)[split.index]
-        columns = columns.to(device)[split.index]
+        rows, columns = draw_views(seed, epoch, int(split.index.max()) + 1).to(device)[:, split.index]
     parts = order.tensor_split(batch_count(count, batch_size))
     for part in tqdm(parts, description, unit=" batches", **BAR):
         positions = part.tensor_split(WORLD_SIZE)[RANK]
@@ -226,7 +224,7 @@ def batch_count(images, batch_size):
 
 
 def draw_views(seed, epoch, count):
-    """Which pixels of images 0 to count - 1 are shown in this epoch: (rows, columns), int64 [count, SIZE] each.
+    """Which pixels of images 0 to count - 1 are shown in this epoch: their rows and columns, int64 [2, count, SIZE].
 
     Each image is shifted by up to SHIFT pixels, its own edge reflected in what that uncovers. With MIRROR every second
     epoch shows it mirrored, so that two show both sides (alternating flip, Jordan 2024, arXiv:2404.00498). The entries
@@ -241,7 +239,7 @@ def draw_views(seed, epoch, count):
         first = np.random.default_rng([MIRRORS, seed]).integers(0, 2, (count, 1))
         mirrored = (first + epoch) % 2 == 1
         columns = np.where(mirrored, SIZE - 1 - columns, columns)
-    return torch.from_numpy(rows), torch.from_numpy(columns)
+    return torch.from_numpy(np.stack([rows, columns]))
 
 
 # ---- Folders of images -----------------------------------------------------------------------------------------------

@@ -108,36 +108,6 @@ def measure(name, images, image_hashes):
     return figures, logits
 
 
-def compare(figures, logits, labels):
-    """What the figures show together, as results.json has it, and the sentences that say it.
-
-    Adds to the figures of each network its agreement with the teacher.
-    """
-    results = {"distilled_minus_student": None, "gap_closed": None}
-    correct = {}
-    for name, row in figures.items():
-        correct[name] = logits[name].argmax(1) == labels
-        if "teacher" in logits:
-            row["agreement_with_teacher"] = models.accuracy(logits[name], logits["teacher"].argmax(1))
-    if not {"student", "distilled"} <= figures.keys():
-        return results, []
-    points, low, high, differing = paired_difference(correct["distilled"], correct["student"])
-    results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
-    sentences = [f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."]
-    if differing < FEWEST:
-        sentences.append("Not significant: fewer than ten images differ.")
-    elif low <= 0 <= high:
-        sentences.append("Not significant: the interval includes 0.")
-    elif points < 0:
-        sentences.append("The distilled student is significantly worse.")
-    elif "teacher" in correct:
-        gap, low, _, differing = paired_difference(correct["teacher"], correct["student"])
-        if low > 0 and differing >= FEWEST:
-            results["gap_closed"] = points / gap
-            sentences.append(f"Distillation closed {points / gap:.0%} of the gap of {gap:.2f} points to the teacher.")
-    return results, sentences + doubts(figures)
-
-
 def doubts(figures):
     """Sentences that name whatever the two students' trainings differ in but distillation itself, and networks that
     were trained by other scripts, or by another teacher, than those that lie here now.
@@ -170,6 +140,50 @@ def doubts(figures):
     return sentences
 
 
+def compare(figures, logits, labels):
+    """What the figures show together, as results.json has it, and the sentences that say it.
+
+    Adds to the figures of each network its agreement with the teacher.
+    """
+    results = {"distilled_minus_student": None, "gap_closed": None}
+    correct = {}
+    for name, row in figures.items():
+        correct[name] = logits[name].argmax(1) == labels
+        if "teacher" in logits:
+            row["agreement_with_teacher"] = models.accuracy(logits[name], logits["teacher"].argmax(1))
+    if not {"student", "distilled"} <= figures.keys():
+        return results, []
+    points, low, high, differing = paired_difference(correct["distilled"], correct["student"])
+    results["distilled_minus_student"] = {"points": points, "ci95": [low, high]}
+    sentences = [f"distilled - student: {points:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}."]
+    if differing < FEWEST:
+        sentences.append("Not significant: fewer than ten images differ.")
+    elif low <= 0 <= high:
+        sentences.append("Not significant: the interval includes 0.")
+    elif points < 0:
+        sentences.append("The distilled student is significantly worse.")
+    elif "teacher" in correct:
+        gap, low, _, differing = paired_difference(correct["teacher"], correct["student"])
+        if low > 0 and differing >= FEWEST:
+            results["gap_closed"] = points / gap
+            sentences.append(f"Distillation closed {points / gap:.0%} of the gap of {gap:.2f} points to the teacher.")
+    return results, sentences + doubts(figures)
+
+
+def show(results, sentences):
+    """Prints the figures of all networks and the sentences of `compare`."""
+    print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
+    print("            accuracy %    loss  ECE %  agreement %     parameters           MACs   images/s")
+    for name, row in results["models"].items():
+        agreement = "-"
+        if row["agreement_with_teacher"] is not None:
+            agreement = f"{100 * row['agreement_with_teacher']:.2f}"
+        macs = "-" if row["macs"] is None else f"{row['macs']:,}"
+        figures = f"{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}{agreement:>13}"
+        print(f"{name:10}{figures}{row['parameters']:15,}{macs:>15}{row['images_per_second']:11,.0f}")
+    print("", *sentences, sep="\n")
+
+
 def main():
     device = models.setup()
     test = data.load_test(device)
@@ -200,20 +214,6 @@ def main():
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     models.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
     print(f"Written to {folder / 'results.json'}.")
-
-
-def show(results, sentences):
-    """Prints the figures of all networks and the sentences of `compare`."""
-    print(f"\n{results['test_images']:,} test images of {results['dataset']}, on {results['device']}\n")
-    print("            accuracy %    loss  ECE %  agreement %     parameters           MACs   images/s")
-    for name, row in results["models"].items():
-        agreement = "-"
-        if row["agreement_with_teacher"] is not None:
-            agreement = f"{100 * row['agreement_with_teacher']:.2f}"
-        macs = "-" if row["macs"] is None else f"{row['macs']:,}"
-        figures = f"{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}{agreement:>13}"
-        print(f"{name:10}{figures}{row['parameters']:15,}{macs:>15}{row['images_per_second']:11,.0f}")
-    print("", *sentences, sep="\n")
 
 
 if __name__ == "__main__":

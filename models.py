@@ -106,13 +106,6 @@ class ConvNet(nn.Module):
         return self.head(F.adaptive_max_pool2d(features, 1).flatten(1)) / 9  # small logits: gentle first steps
 
 
-def conv3x3(inputs, outputs):
-    """A convolution that starts by passing on what comes in; outputs beyond that are random."""
-    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-    nn.init.dirac_(convolution.weight[:inputs])
-    return convolution
-
-
 class Stage(nn.Module):
     """[B, inputs, H, W] to [B, outputs, H // 2, W // 2]."""
 
@@ -144,6 +137,13 @@ class LastStage(Stage):
     def refine(self, features):
         refined = super().refine(features)
         return features + F.relu_(self.norm3(self.conv3(refined)))
+
+
+def conv3x3(inputs, outputs):
+    """A convolution that starts by passing on what comes in; outputs beyond that are random."""
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight[:inputs])
+    return convolution
 
 
 # ---- Optimizer and schedule ------------------------------------------------------------------------------------------
@@ -269,6 +269,11 @@ def average_over_processes(*tensors):
             tensor /= WORLD_SIZE
 
 
+def autocast(device):
+    """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+
+
 def precision(device):
     """Of convolutions and matrix products: bfloat16 if the device itself has it; emulated, it would be slow."""
     has_bfloat16 = False
@@ -277,11 +282,6 @@ def precision(device):
     elif hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 or newer
         has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if BFLOAT16 and has_bfloat16 else torch.float32
-
-
-def autocast(device):
-    """Inside it a network computes with the device's `precision`; its weights and its loss are float32 all the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 def seed_random_numbers(seed):
@@ -546,34 +546,6 @@ def checkpoint_dir(dataset):
     return data.path_from("CHECKPOINT_DIR", CHECKPOINT_DIR) / dataset
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file that then becomes `path`, on rank 0: a crash leaves the old or the new."""
-    if RANK > 0:
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise SystemExit(f"{path} could not be written ({error}): make room, or change CHECKPOINT_DIR.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(path, script):
-    """What torch.save wrote to path, on the CPU. Ends the script where it cannot be read: `script` writes it anew."""
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except PermissionError as error:
-        raise SystemExit(f"{path} cannot be read: {error}.") from None
-    except Exception:  # torch raises nearly anything on a damaged file
-        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.") from None
-
-
 @torch.no_grad()
 def save_checkpoint(name, network, train, recipe, curve=()):
     """Saves the network's weights and answers, and what it was trained on and how. curve: see `Run`."""
@@ -643,9 +615,39 @@ def rebuild(checkpoint, path, script):
         raise SystemExit(edited) from None
     answers = check_logits(network, classes, f"The network of {path}")
     apart = (answers - checkpoint["answers"]).abs().max()
-    if not is_unedited(checkpoint["recipe"]) and not apart <= TOLERANCE * answers.abs().max():
+    now = recipe_of_files(globals())
+    unedited = all(checkpoint["recipe"].get(key) == value for key, value in now.items())
+    if not unedited and not apart <= TOLERANCE * answers.abs().max():
         raise SystemExit(edited)
     return network
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file that then becomes `path`, on rank 0: a crash leaves the old or the new."""
+    if RANK > 0:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
+        raise SystemExit(f"{path} could not be written ({error}): make room, or change CHECKPOINT_DIR.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path, script):
+    """What torch.save wrote to path, on the CPU. Ends the script where it cannot be read: `script` writes it anew."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except PermissionError as error:
+        raise SystemExit(f"{path} cannot be read: {error}.") from None
+    except Exception:  # torch raises nearly anything on a damaged file
+        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.") from None
 
 
 # ---- What a training was ---------------------------------------------------------------------------------------------
@@ -701,11 +703,6 @@ def recipe_of_files(*files):
             if key not in OUR_FILES and not key.startswith("tests/") and "site-packages" not in key:
                 recipe.setdefault(key, code_hash(path))
     return recipe
-
-
-def is_unedited(recipe):
-    """Whether models.py, and what it imports from below this folder, say what they said when the recipe was made."""
-    return all(recipe.get(key) == value for key, value in recipe_of_files(globals()).items())
 
 
 def plain(values):
