@@ -250,23 +250,22 @@ def _folder(root, split):
     if not root.exists():
         raise SystemExit(f"DATASET = {str(root)!r} does not exist. It can also be {', '.join(BUILT_IN)}.")
     left_out = []
-    files = {}
-    for part in ("train", "test"):
-        files[part] = _files_by_class(root, part, left_out)
+    train = _files_by_class(root, "train", left_out)
+    test = _files_by_class(root, "test", left_out)
     if left_out:
         print(f"Left out because of their endings: {len(left_out)} files in {root}, such as {left_out[0].name}.")
-    train = files["train"].keys()
-    test = files["test"].keys()
-    if train != test or len(train) < 2:
+    unpaired = sorted(train.keys() ^ test.keys())
+    if unpaired or len(train) < 2:
         wanted = "train/<class>/<images> and test/<class>/<images>, with the same classes, at least two"
-        only = f"; only train or only test has images of {sorted(train ^ test)[:5]}" if train != test else ""
+        only = f"; only train or only test has images of {unpaired[:5]}" if unpaired else ""
         raise SystemExit(f"DATASET = {str(root)!r} must be a folder with {wanted}{only}.")
     classes = sorted(train)
     paths = []
     labels = []
     for label, name in enumerate(classes):
-        paths += files[split][name]
-        labels += [label] * len(files[split][name])
+        files = train[name] if split == "train" else test[name]
+        paths += files
+        labels += [label] * len(files)
     return read_images(paths, f"reading {root / split}"), labels, classes
 
 

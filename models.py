@@ -693,7 +693,7 @@ def recipe_of_files(*files):
     recipe = {}
     for names in files:
         constants = plain({name: value for name, value in names.items() if name.isupper()})
-        recipe |= {name: value for name, value in constants.items() if name not in NOT_IN_RECIPE}
+        recipe |= constants
         path = Path(names["__file__"])
         recipe[path.name] = code_hash(path, constants)
     for module in list(sys.modules.values()):
@@ -702,6 +702,8 @@ def recipe_of_files(*files):
             key = path.relative_to(ROOT).as_posix()
             if key not in OUR_FILES and not key.startswith("tests/") and "site-packages" not in key:
                 recipe.setdefault(key, code_hash(path))
+    for name in NOT_IN_RECIPE:
+        recipe.pop(name, None)
     return recipe
 
 
