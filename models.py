@@ -397,8 +397,8 @@ def parameter_count(network):
 
 def accuracy(logits, labels):
     """The share of rows of logits [N, classes] whose largest entry is at the label [N], of those that have one."""
-    correct = logits.argmax(1) == labels
-    return correct[labels >= 0].double().mean().item()
+    correct = (logits.argmax(1) == labels).sum().item()
+    return correct / (labels >= 0).sum().item()
 
 
 # ---- A training's progress -------------------------------------------------------------------------------------------
@@ -575,18 +575,19 @@ def load_checkpoint(name, dataset, split=None):
     """
     path = checkpoint_dir(dataset) / f"{name}.pt"
     script = SCRIPTS[name]
+    again = f"delete it and run python {script} again"
     if not path.exists():
         raise SystemExit(f"There is no {path}: run python {script} first.")
     checkpoint = load_file(path, script)
     if checkpoint.get("format") != FORMAT:
-        raise SystemExit(f"{path} is of another version of models.py: run python {script} again.")
+        raise SystemExit(f"{path} is of another version of models.py: {again}.")
     if checkpoint["size"] != data.SIZE:
         size = checkpoint["size"]
         raise SystemExit(f"{path} is for images of {size}x{size} pixels, but SIZE = {data.SIZE} in data.py.")
-    network = rebuild(checkpoint, path, script).to(memory_format=torch.channels_last)
+    network = rebuild(checkpoint, path, again).to(memory_format=torch.channels_last)
     if split:
         if tuple(checkpoint["classes"]) != split.classes:
-            raise SystemExit(f"{path} was trained on other classes than {dataset} has now: run python {script} again.")
+            raise SystemExit(f"{path} was trained on other classes than {dataset} has now: {again}.")
         recipe = checkpoint["recipe"]
         if split.fingerprint not in (None, recipe["images"]):
             message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
@@ -600,7 +601,7 @@ def load_checkpoint(name, dataset, split=None):
 
 
 @torch.no_grad()
-def rebuild(checkpoint, path, script):
+def rebuild(checkpoint, path, again):
     """The network of a checkpoint, in eval mode; ends the script where models.py makes another one than it holds.
 
     If it was edited since, the network must answer as it did when it was saved: shapes alone would not tell.
@@ -608,7 +609,7 @@ def rebuild(checkpoint, path, script):
     kind = checkpoint["network"]
     classes = len(checkpoint["classes"])
     network = {"teacher": teacher, "student": student}[kind](classes)
-    edited = f"{kind}() in models.py makes another network than {path} holds: undo the edit, or run python {script}."
+    edited = f"{kind}() in models.py makes another network than {path} holds: undo the edit, or {again}."
     try:
         network.load_state_dict(checkpoint["state_dict"])
     except RuntimeError:  # other names or shapes

@@ -381,8 +381,8 @@ def test_a_file_that_is_no_checkpoint_is_named_and_not_executed(kind, tiny, tmp_
         )
     monkeypatch.chdir(tmp_path)
     train, _ = data.load_train("cpu")
-    what = "of another version of models.py:" if kind in ("foreign", "format 1") else "damaged: delete it and"
-    with pytest.raises(SystemExit, match=f"student.pt is {what} run python train_student.py again"):
+    what = "of another version of models.py" if kind in ("foreign", "format 1") else "damaged"
+    with pytest.raises(SystemExit, match=f"student.pt is {what}: delete it and run python train_student.py again"):
         models.load_checkpoint("student", "synthetic", train)
     assert not (tmp_path / "executed").exists()
 
