@@ -112,8 +112,8 @@ def run_edited(monkeypatch, module, folder: Path, old: str = "", new: str = "") 
 def own_module(tmp_path, monkeypatch):
     """A user's own module parts/loss.py, loaded from below the folder of the scripts, which are copied for that."""
     root = tmp_path / "scripts"
+    (root / "parts").mkdir(parents=True)
     for file in ROOT.glob("*.py"):
-        (root / "parts").mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root)
     path = root / "parts" / "loss.py"
     path.write_text("SCALE = 1.0\n", encoding="utf-8")

@@ -111,9 +111,8 @@ def train_what_is_missing(root: Path, against: Path | None) -> None:
                 script.main()
 
 
-def figures_of(seed: int, root: Path, against: Path | None, images: data.ImageSet) -> tuple[dict, dict]:
-    """The figures and the logits of one seed's three networks, by name."""
-    image_hashes = data.image_hashes(images.images)
+def figures_of(seed: int, root: Path, against: Path | None, images: data.ImageSet, image_hashes) -> tuple[dict, dict]:
+    """The figures and the logits of one seed's three networks, by name. image_hashes: data.image_hashes(images)."""
     figures = {}
     logits = {}
     for name in TRAININGS:
@@ -152,11 +151,12 @@ def main() -> None:
     train_what_is_missing(root, against)
     images = data.load_train(device)[1] if data.HOLD_OUT else data.load_test(device)
     labels = images.labels.cpu()
+    image_hashes = data.image_hashes(images.images)
     split = "hold-out" if data.HOLD_OUT else "test"
     runs = []
     gains_by_image = []
     for seed in SEEDS:
-        figures, logits = figures_of(seed, root, against, images)
+        figures, logits = figures_of(seed, root, against, images, image_hashes)
         runs.append(figures)
         gains_by_image.append(by_image(logits, labels))
     written = {

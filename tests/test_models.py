@@ -513,9 +513,8 @@ def test_an_unfinished_run_waits_until_its_constants_come_back(module, name, val
     assert same(weights(tiny / "student.pt"), expected) and not list(tiny.glob("*.progress.pt"))
 
 
-def test_an_unfinished_run_belongs_to_the_own_modules_that_began_it(tiny, own_module):
-    interrupt(monkeypatch := pytest.MonkeyPatch(), train_student, 9)
-    monkeypatch.undo()
+def test_an_unfinished_run_belongs_to_the_own_modules_that_began_it(tiny, own_module, monkeypatch):
+    interrupt(monkeypatch, train_student, 9)
     text = own_module.read_text()
     own_module.write_text("SCALE = 2.0\n")
     with pytest.raises(SystemExit, match=r"or code .then, now.: parts/loss.py \([0-9a-f]{8}, [0-9a-f]{8}\). "):
