@@ -321,14 +321,10 @@ def _is_shown(path, root):
 def read_images(paths, description):
     """uint8 [N, SIZE, SIZE, 3], read by as many threads as torch uses; ends the script as `read_image` does."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-
-    def read(place):
-        images[place] = read_image(paths[place])
-
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        done = pool.map(read, range(len(paths)))  # where one fails, those that have not begun are left out
-        for _ in tqdm(done, description, len(paths), unit=" images", **BAR):
-            pass
+        read = pool.map(read_image, paths)  # where one fails, those that have not begun are left out
+        for place, image in enumerate(tqdm(read, description, len(paths), unit=" images", **BAR)):
+            images[place] = image
     return images
 
 

@@ -122,8 +122,6 @@ def doubts(figures):
         steps = f"in {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps"
         sentences.append(f"{seen}, {steps}.")
         left_out |= {name for name in recipe if name.startswith("lr of group")}  # the warm-up's first, of more steps
-        if recipe.get("optimizer") == "Muon":
-            left_out.add("initial_lr of group 0")  # its angle
     differing = models.differences(recipe, distilled_recipe, left_out)
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")

@@ -161,6 +161,8 @@ class Muon(torch.optim.SGD):
     """
 
     def __init__(self, network, learning_rate, weight_decay, steps):
+        fewest, most = MUON_STEPS
+        self.turn = MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER  # radians at a learning rate of 1
         self.norms = {}  # kernel: its norm
         convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         for convolution in convolutions[1:]:
@@ -169,14 +171,14 @@ class Muon(torch.optim.SGD):
             if bare and kernel.is_leaf and kernel.any():  # one of zeros could not turn
                 self.norms[kernel] = kernel.detach().norm()
         others = [parameter for parameter in network.parameters() if parameter not in self.norms]
-        fewest, most = MUON_STEPS
-        angle = learning_rate * MUON_SCALE / max(fewest, min(steps, most)) ** MUON_POWER
         groups = [
-            {"params": list(self.norms), "lr": angle, "momentum": MUON_MOMENTUM},
+            {"params": list(self.norms), "momentum": MUON_MOMENTUM},
             {"params": [parameter for parameter in others if parameter.ndim > 1], "weight_decay": weight_decay},
             {"params": [parameter for parameter in others if parameter.ndim <= 1]},
         ]
         super().__init__(groups, learning_rate, momentum=MOMENTUM, nesterov=True)
+        for kernel in self.norms:
+            self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
 
     @torch.no_grad()
     def step(self):
@@ -184,14 +186,12 @@ class Muon(torch.optim.SGD):
         for kernel, norm in self.norms.items():
             if kernel.grad is None:
                 continue
-            if not self.state[kernel]:
-                self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
             momentum = self.state[kernel]["momentum_buffer"]
             momentum.mul_(group["momentum"]).add_(kernel.grad)
             step = kernel.grad.add(momentum, alpha=group["momentum"]).flatten(1)
-            turn = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
+            direction = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
             kernel.mul_(norm / kernel.norm().clamp(min=1e-7))
-            kernel.sub_(turn, alpha=group["lr"])
+            kernel.sub_(direction, alpha=group["lr"] * self.turn)
             kernel.grad = None  # done: what is left is for SGD
         super().step()
 

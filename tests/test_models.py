@@ -96,12 +96,13 @@ def test_a_kernels_step_is_the_orthogonal_one_and_the_rest_is_sgds():
     other = deepcopy(network)
     muon = models.Muon(network, 0.1, 0.01, 1000)
     sgd = torch.optim.SGD(other[3].parameters(), lr=0.1, momentum=models.MOMENTUM, nesterov=True)
-    angle, sgd.param_groups[0]["lr"] = (group["lr"] for group in muon.param_groups[:2])
-    assert angle == pytest.approx(sgd.param_groups[0]["lr"] * models.MUON_SCALE / 1000**0.75)
+    assert [group["lr"] for group in muon.param_groups] == [0.1] * 3
+    assert muon.turn == pytest.approx(models.MUON_SCALE / 1000**0.75)
+    angle = 0.1 * muon.turn
     shortest, short, long, longest = (
-        models.Muon(network, 0.1, 0.01, steps).param_groups[0]["lr"] for steps in (1, 288, 4800, 48000)
+        models.Muon(network, 0.1, 0.01, steps).turn for steps in (1, 288, 4800, 48000)
     )
-    assert shortest == short > angle > long == longest  # very short and very long trainings turn at one angle each
+    assert shortest == short > muon.turn > long == longest  # very short and very long trainings turn at one angle each
     kernel, momentum = network[1].conv1.weight.detach().clone(), torch.zeros(4, 45)
     for _ in range(3):
         for model in (network, other):
@@ -153,7 +154,7 @@ def test_muon_turns_the_kernels_of_other_networks_by_an_angle_and_keeps_their_no
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    angle = optimizer.param_groups[0]["lr"]
+    angle = 0.01 * optimizer.turn
     for kernel, old in zip((tall.weight, wide.weight), before):
         assert ((kernel - old).norm() / old.norm()).item() == pytest.approx(angle, rel=0.3)
         assert kernel.norm().item() == pytest.approx(old.norm().item(), rel=0.01)
