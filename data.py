@@ -8,7 +8,6 @@ teacher see the same views in the same order.
 import hashlib
 import math
 import os
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,11 +274,9 @@ def _files_by_class(root, split, left_out):
     for folder in sorted((root / split).glob("*")):
         if not folder.is_dir() or not _is_shown(folder, root):
             continue
-        # A class is the same however its letters are composed; bytes that are no UTF-8 become escapes.
-        name = unicodedata.normalize("NFC", folder.name.encode("utf-8", "backslashreplace").decode())
         for path in _files_below(folder, root):
             if path.suffix.lower() in ENDINGS:
-                by_class.setdefault(name, []).append(path)
+                by_class.setdefault(folder.name, []).append(path)
             else:
                 left_out.append(path)
     return by_class

@@ -12,7 +12,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,11 +61,9 @@ def calibration_error(logits, labels):
 
 
 def multiply_accumulates(network, image):
-    """How many the network's matrix products and convolutions need for one image [1, 3, H, W]; None with recurrent
-    layers, whose fused kernels are not counted."""
-    if any(isinstance(module, nn.RNNBase) for module in network.modules()):
-        return None
-    torch.backends.mha.set_fastpath_enabled(False)  # nor are those of transformers, so they are switched off
+    """How many the network's matrix products and convolutions need for one image [1, 3, H, W]. Those of recurrent
+    layers, whose kernels are fused, are not counted."""
+    torch.backends.mha.set_fastpath_enabled(False)  # nor would those of transformers be
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(image)
     torch.backends.mha.set_fastpath_enabled(True)
@@ -176,9 +173,8 @@ def show(results, sentences):
         agreement = "-"
         if row["agreement_with_teacher"] is not None:
             agreement = f"{100 * row['agreement_with_teacher']:.2f}"
-        macs = "-" if row["macs"] is None else f"{row['macs']:,}"
         figures = f"{100 * row['accuracy']:12.2f}{row['loss']:8.4f}{100 * row['ece']:7.2f}{agreement:>13}"
-        print(f"{name:10}{figures}{row['parameters']:15,}{macs:>15}{row['images_per_second']:11,.0f}")
+        print(f"{name:10}{figures}{row['parameters']:15,}{row['macs']:15,}{row['images_per_second']:11,.0f}")
     print("", *sentences, sep="\n")
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
@@ -306,8 +305,7 @@ def new_network(make, train, seed):
     try:
         seed_random_numbers(seed)
         network = make(classes)
-        if not isinstance(network, nn.Module) or any(map(is_lazy, network.parameters())):
-            check_logits(network, classes, source)  # refuses the one, and gives lazy layers their shapes
+        check_logits(network, classes, source)  # ends the script, or gives lazy layers their shapes
         network.to(device, memory_format=torch.channels_last)
         with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
             try_out(network, make(classes), device, classes, source)
