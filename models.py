@@ -445,11 +445,12 @@ class Run:
         images = f"{len(train) - unlabelled:,} images of {train.dataset}"
         if unlabelled:
             images += f" and {unlabelled:,} without a label"
-        size = parameter_count(self.network)
-        print(f"{name}: {size:,} parameters, {images}, {self.steps:,} steps, on {device.type}")
-        if self.steps < 2000 and train.dataset != "synthetic":  # a first run is to be short
-            wanted = math.ceil(4000 * self.epoch_count / self.steps)
-            print(f"{name}: few steps; with EPOCHS = {wanted} in {self.script} there would be 4,000.")
+        parameters = f"{parameter_count(self.network):,} parameters"
+        print(f"{name}: {parameters}, {images}, {self.steps:,} steps, on {device.type}")
+        enough = 500 if name == "teacher" else 4000  # one that knows its images by heart teaches worse
+        if self.steps < enough / 2 and train.dataset != "synthetic":  # where a first run is to be short
+            epochs = math.ceil(enough * self.epoch_count / self.steps)
+            print(f"{name}: few steps; with EPOCHS = {epochs} in {self.script} there would be {enough:,}.")
         sys.stdout.flush()
 
     def _continue(self):

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
 import draw
+import draw_gains
 from matplotlib.figure import Figure
 
 import data
@@ -101,3 +102,16 @@ def test_the_pictures_show_the_figures(tiny, monkeypatch):
     train_student.main()
     with pytest.raises(SystemExit, match="results.json is older than student.pt: run python evaluate.py"):
         draw.main()
+
+
+def test_the_picture_of_the_gains_is_that_of_the_notes():
+    table = "\n## When it pays\n\n| what | gain |\n| --- | --- |\n| a, 5 labels | +0.62 (-0.50 to +1.86) |\n\n"
+    notes = f"# Notes\n{table}## Next\n\n| b | +1.00 (+0.50 to +1.50) |\n"
+    (row,) = rows = draw_gains.read_gains(notes)
+    assert row == ("a, 5 labels", 0.62, -0.5, 1.86)
+    draw_gains.draw(figure := Figure(), rows)
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [0.62]
+    (interval,) = axes.collections
+    assert interval.get_segments()[0][:, 0].tolist() == pytest.approx([-0.5, 1.86])
+    assert len(draw_gains.read_gains((draw_gains.TESTS / "experiments.md").read_text(encoding="utf-8"))) > 5

@@ -743,6 +743,8 @@ def test_few_steps_are_named_with_the_epochs_that_would_be_enough(tiny, folder, 
     message = capsys.readouterr().out
     advice = "student: few steps; with EPOCHS = 2000 in train_student.py there would be 4,000."
     assert f", 4 steps, on cpu\n{advice}\n" in message
+    train_teacher.main()
+    assert "teacher: few steps; with EPOCHS = 250 in train_teacher.py there would be 500." in capsys.readouterr().out
     monkeypatch.setattr(train_student, "BATCH_SIZE", 12)
     monkeypatch.setattr(train_student, "EPOCHS", 667)
     monkeypatch.setattr(models.Run, "epochs", lambda run: iter(()))
