@@ -113,12 +113,12 @@ def doubts(figures):
     recipe = figures["student"]["recipe"]
     distilled_recipe = figures["distilled"]["recipe"]
     left_out = ONLY_DISTILLATION | {name for name in recipe | distilled_recipe if ".py" in name}
-    unlabelled = distilled_recipe.get("unlabelled images")
-    if unlabelled:
+    if "unlabelled" in distilled_recipe:
+        unlabelled = distilled_recipe["unlabelled images"]
         seen = f"distilled.pt has learned from {unlabelled:,} more images, without labels"
         steps = f"in {distilled_recipe['steps']:,} steps; student.pt had {recipe.get('steps', 0):,} steps"
         sentences.append(f"{seen}, {steps}.")
-        left_out |= {name for name in recipe if name.startswith("lr of group")}  # the warm-up's first, of more steps
+        left_out |= {name for name in recipe if name.startswith(("EPOCHS", "lr of group"))}  # the steps tell
     differing = models.differences(recipe, distilled_recipe, left_out)
     if differing:
         sentences.append(f"Not a fair comparison: student and distilled were trained with different {differing}.")

@@ -445,8 +445,7 @@ class Run:
         images = f"{len(train) - unlabelled:,} images of {train.dataset}"
         if unlabelled:
             images += f" and {unlabelled:,} without a label"
-        parameters = f"{parameter_count(self.network):,} parameters"
-        print(f"{name}: {parameters}, {images}, {self.steps:,} steps, on {device.type}")
+        print(f"{name}: {parameter_count(self.network):,} parameters, {images}, {self.steps:,} steps, on {device.type}")
         enough = 500 if name == "teacher" else 4000  # one that knows its images by heart teaches worse
         if self.steps < enough / 2 and train.dataset != "synthetic":  # where a first run is to be short
             epochs = math.ceil(enough * self.epoch_count / self.steps)
