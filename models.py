@@ -446,7 +446,7 @@ class Run:
         if unlabelled:
             images += f" and {unlabelled:,} without a label"
         print(f"{name}: {parameter_count(self.network):,} parameters, {images}, {self.steps:,} steps, on {device.type}")
-        enough = 500 if name == "teacher" else 4000  # one that knows its images by heart teaches worse
+        enough = 4000 if name == "distilled" else 500  # labels alone are soon known by heart
         if self.steps < enough / 2 and train.dataset != "synthetic":  # where a first run is to be short
             epochs = math.ceil(enough * self.epoch_count / self.steps)
             print(f"{name}: few steps; with EPOCHS = {epochs} in {self.script} there would be {enough:,}.")

@@ -741,14 +741,16 @@ def test_few_steps_are_named_with_the_epochs_that_would_be_enough(tiny, folder, 
     monkeypatch.setenv("DATASET", str(folder))
     train_student.main()
     message = capsys.readouterr().out
-    advice = "student: few steps; with EPOCHS = 2000 in train_student.py there would be 4,000."
+    advice = "student: few steps; with EPOCHS = 250 in train_student.py there would be 500."
     assert f", 4 steps, on cpu\n{advice}\n" in message
     train_teacher.main()
     assert "teacher: few steps; with EPOCHS = 250 in train_teacher.py there would be 500." in capsys.readouterr().out
+    distill.main()
+    assert "distilled: few steps; with EPOCHS = 2000 in distill.py there would be 4,000." in capsys.readouterr().out
     monkeypatch.setattr(train_student, "BATCH_SIZE", 12)
-    monkeypatch.setattr(train_student, "EPOCHS", 667)
+    monkeypatch.setattr(train_student, "EPOCHS", 125)
     monkeypatch.setattr(models.Run, "epochs", lambda run: iter(()))
-    with pytest.raises(SystemExit, match="0 of 667 epochs were done"):
+    with pytest.raises(SystemExit, match="0 of 125 epochs were done"):
         train_student.main()
     assert "few steps" not in capsys.readouterr().out
 
