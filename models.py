@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
@@ -305,7 +306,8 @@ def new_network(make, train, seed):
     try:
         seed_random_numbers(seed)
         network = make(classes)
-        check_logits(network, classes, source)  # ends the script, or gives lazy layers their shapes
+        if any(map(is_lazy, network.parameters())):
+            check_logits(network, classes, source)  # gives them their shapes
         network.to(device, memory_format=torch.channels_last)
         with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
             try_out(network, make(classes), device, classes, source)
@@ -347,9 +349,7 @@ def check_logits(network, classes, source, device="cpu", training=False):
     """
     colours = np.random.default_rng(0).random((2, 3, data.SIZE, data.SIZE), np.float32)
     pictures = torch.from_numpy(colours).to(device).contiguous(memory_format=torch.channels_last)  # as in training
-    logits = None
-    if isinstance(network, nn.Module):
-        logits = network.train(training)(pictures)
+    logits = network.train(training)(pictures)
     shape = list(getattr(logits, "shape", ()))
     if shape != [2, classes]:
         wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
@@ -520,10 +520,7 @@ class Run:
         """Ends the script with a sentence where the training has diverged."""
         if math.isfinite(loss) and all(parameter.isfinite().all() for parameter in self.network.parameters()):
             return
-        message = f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {self.script}."
-        if self.checkpoint_path.exists():
-            message += f" {self.checkpoint_path} is still that of an earlier run."
-        raise SystemExit(message)
+        raise SystemExit(f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {self.script}.")
 
     def save(self):
         """Saves the checkpoint and removes the progress. Ends the script where epochs are left, as after a break."""

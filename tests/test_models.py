@@ -672,8 +672,9 @@ def test_a_return_that_was_forgotten_is_named(tiny, monkeypatch):
         nn.Linear(3, classes)
 
     monkeypatch.setattr(models, "student", student)
-    with pytest.raises(SystemExit, match=r"^student\(\) in models.py must map .*, not to NoneType.$"):
+    with pytest.raises(RuntimeError, match=r"^student\(\) in models.py makes a network that fails as shown") as raised:
         train_student.main()
+    assert "NoneType" in str(raised.value.__cause__)
 
 
 def test_a_teacher_of_one_logit_is_named_where_it_comes_in(tiny, monkeypatch):
@@ -829,8 +830,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tiny, m
     train_student.main()
     before = (tiny / "student.pt").read_bytes()
     monkeypatch.setattr(train_student, "LEARNING_RATE", 1e30)
-    way_out = "lower LEARNING_RATE in train_student.py. .*student.pt is still that of an earlier run.$"
-    with pytest.raises(SystemExit, match=f"Training diverged in epoch 1: {way_out}"):
+    with pytest.raises(SystemExit, match="Training diverged in epoch 1: lower LEARNING_RATE in train_student.py.$"):
         train_student.main()
     assert (tiny / "student.pt").read_bytes() == before
 
