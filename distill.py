@@ -9,7 +9,6 @@ that is what the student learns here in addition. The rest is as in train_studen
 """
 
 import torch.nn.functional as F
-from torch import Tensor
 
 import data
 import models
@@ -24,9 +23,7 @@ KD_WEIGHT = 0.9  # weight of the loss's term for the teacher; the labels' term h
 UNLABELLED = False  # True: learn also from images without a label, those that TRAIN_IMAGES leaves or unlabelled/* has
 
 
-def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, kd_weight: float
-) -> Tensor:
+def distillation_loss(student_logits, teacher_logits, labels, temperature, kd_weight):
     """(1 - w) * CE(student, labels) + w * T^2 * KL(teacher || student), the KL between softmax(logits / T).
 
     student_logits, teacher_logits: [B, classes], of any floating type. labels: int64 [B]. Returns a float32 scalar.
@@ -35,7 +32,8 @@ def distillation_loss(
     The gradient of the KL shrinks as 1 / T^2; the factor T^2 keeps the balance of the two at every temperature
     (Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2).
     """
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    student_logits = student_logits.float()
+    teacher_logits = teacher_logits.float()
     hard = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum") / len(labels)
     soft = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),

@@ -306,8 +306,8 @@ def new_network(make, train, seed):
     try:
         seed_random_numbers(seed)
         network = make(classes)
-        if any(map(is_lazy, network.parameters())):
-            check_logits(network, classes, source)  # gives them their shapes
+        if not isinstance(network, nn.Module) or any(map(is_lazy, network.parameters())):
+            check_logits(network, classes, source)  # refuses the one, and gives lazy layers their shapes
         network.to(device, memory_format=torch.channels_last)
         with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
             try_out(network, make(classes), device, classes, source)
@@ -349,7 +349,9 @@ def check_logits(network, classes, source, device="cpu", training=False):
     """
     colours = np.random.default_rng(0).random((2, 3, data.SIZE, data.SIZE), np.float32)
     pictures = torch.from_numpy(colours).to(device).contiguous(memory_format=torch.channels_last)  # as in training
-    logits = network.train(training)(pictures)
+    logits = None
+    if isinstance(network, nn.Module):
+        logits = network.train(training)(pictures)
     shape = list(getattr(logits, "shape", ()))
     if shape != [2, classes]:
         wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
