@@ -108,7 +108,7 @@ def add_unlabelled(train):
         images = images[index]
         way_out = "set TRAIN_IMAGES in data.py"
     else:
-        paths = [path for path in _files_below(folder, folder.parent) if path.suffix.lower() in ENDINGS]
+        paths = [path for path in _files_below(folder, "**/*") if path.suffix.lower() in ENDINGS]
         images = read_images(paths, f"reading {folder}")
         index = np.arange(len(paths))
         way_out = f"put some into {folder}"
@@ -271,48 +271,26 @@ def _folder(root, split):
 def _files_by_class(root, split, left_out):
     """The images of each class that has some. What has other endings is added to left_out."""
     by_class = {}
-    for folder in sorted((root / split).glob("*")):
-        if not folder.is_dir() or not _is_shown(folder, root):
-            continue
-        for path in _files_below(folder, root):
-            if path.suffix.lower() in ENDINGS:
-                by_class.setdefault(folder.name, []).append(path)
-            else:
-                left_out.append(path)
+    for path in _files_below(root / split, "*/**/*"):
+        if path.suffix.lower() in ENDINGS:
+            name = path.relative_to(root / split).parts[0]
+            by_class.setdefault(name, []).append(path)
+        else:
+            left_out.append(path)
     return by_class
 
 
-def _files_below(folder, root):
-    """All that are shown, sorted. Links are followed, but each folder is read once, however it is reached."""
-
-    def fail(error):
-        if os.path.exists(error.filename):
-            raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
-
-    found = []
-    seen = set()
-    for where, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in sorted(folders) if _is_shown(Path(where, name), root)]
-        found += [Path(where, name) for name in files if _is_shown(Path(where, name), root)]
-    return sorted(found)
-
-
-def _is_shown(path, root):
-    """Whether a file or folder counts. Hidden ones do not, nor do those that a NAS adds (@eaDir, #recycle), nor links
-    to a folder that is, holds, or is inside of root/train or root/test: another class's images would come with it.
+def _files_below(folder, pattern):
+    """All that match, sorted. Hidden ones do not count, nor do those that a NAS adds (@eaDir, #recycle). A link to a
+    folder counts as a file: it is not followed where the pattern has `**`, so that no image comes twice.
     """
-    if path.name.startswith((".", "@", "#")):
-        return False
-    if not path.is_symlink() or not path.is_dir():
-        return True
-    target = path.resolve()
-    splits = [(root / name).resolve() for name in ("train", "test")]
-    return not any(target.is_relative_to(split) or split.is_relative_to(target) for split in splits)
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        parts = path.relative_to(folder).parts
+        shown = not any(part.startswith((".", "@", "#")) for part in parts)
+        if shown and (path.is_symlink() or not path.is_dir()):
+            found.append(path)
+    return found
 
 
 def read_images(paths, description):
