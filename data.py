@@ -29,7 +29,7 @@ MIRROR = True  # show every image mirrored in every second epoch; False for digi
 
 SYNTHETIC_IMAGES = {"train": 3000, "test": 10000}  # few to learn from, where a good teacher helps most; many to measure
 
-# First number of each random seed, so that no two uses draw the same numbers.
+# The first number of what seeds each kind of chance, so that no two draw the same numbers.
 ORDER, SHIFTS, MIRRORS, SETTING_ASIDE, DRAWING, CHOOSING, TRAINING = range(1, 8)
 
 
@@ -84,7 +84,7 @@ def load_train(device):
         count = min(TRAIN_IMAGES, len(chosen))
         chosen = np.sort(chosen[choose(labels[chosen], count, CHOOSING)])
     if len(chosen) < TRAIN_IMAGES or len(set(labels[chosen])) < len(classes):
-        asked = f"HOLD_OUT = {HOLD_OUT} and TRAIN_IMAGES = {TRAIN_IMAGES} in data.py are too many or too few"
+        asked = f"HOLD_OUT = {HOLD_OUT} and TRAIN_IMAGES = {TRAIN_IMAGES} in data.py leave too few"
         raise SystemExit(f"{asked}: of {len(images)} images one at least of every class must be left to train on.")
     content = fingerprint(images[chosen], labels[chosen], classes)
     train = _image_set(images, labels, classes, chosen, device, content)
@@ -161,7 +161,7 @@ def _read(split):
 
 
 def _image_set(images, labels, classes, positions, device, content):
-    """Those of the images at the positions, moved to the device. All of them are not copied."""
+    """Those of the images at the positions, moved to the device. The whole set is not copied."""
     if len(positions) < len(images):
         images = images[positions]
     images = torch.from_numpy(images).to(device)

@@ -63,7 +63,7 @@ def calibration_error(logits, labels):
 def multiply_accumulates(network, image):
     """How many the network's matrix products and convolutions need for one image [1, 3, H, W]. Those of recurrent
     layers, whose kernels are fused, are not counted."""
-    torch.backends.mha.set_fastpath_enabled(False)  # nor would those of transformers be
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention would not be counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(image)
     torch.backends.mha.set_fastpath_enabled(True)
@@ -84,7 +84,7 @@ def images_per_second(network, images):
 def measure(name, images, image_hashes):
     """The figures of one network, and its logits [N, classes] on the CPU. image_hashes: data.image_hashes(images)."""
     network, checkpoint = models.load_checkpoint(name, images.dataset, images)
-    logits = models.predict(name, network, images).cpu()
+    logits = models.predict(network, images).cpu()
     labels = images.labels.cpu()
     device = images.labels.device
     batch = torch.rand(models.PREDICTION_BATCH[device.type], 3, data.SIZE, data.SIZE, device=device)
@@ -107,7 +107,7 @@ def measure(name, images, image_hashes):
 
 def doubts(figures):
     """Sentences that name whatever the two students' trainings differ in but distillation itself, and networks that
-    were trained by other scripts, or by another teacher, than those that lie here now.
+    were trained by other code, or by another teacher, than lies here now.
     """
     sentences = []
     recipe = figures["student"]["recipe"]

@@ -4,7 +4,6 @@ processes; making, trying and asking a network; a training's progress; files; wh
 Anything that maps images [B, 3, SIZE, SIZE], 0 to 1, to logits [B, classes] can be returned by teacher() or student().
 """
 
-import ast
 import contextlib
 import itertools
 import json
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
@@ -33,7 +31,7 @@ MOMENTUM = 0.9  # of SGD, Nesterov's
 MUON_MOMENTUM = 0.6  # of Muon, Nesterov's too
 MUON_SCALE = 175.0  # Muon turns a kernel by LEARNING_RATE * MUON_SCALE / steps**MUON_POWER radians at its peak
 MUON_POWER = 0.75  # so the angle depends on how many steps the training has, by EPOCHS and BATCH_SIZE
-MUON_STEPS = (288, 4800)  # but not on fewer or more than these, where it was measured: tests/experiments.md
+MUON_STEPS = (288, 4800)  # fewer or more steps count as these, between which it was measured: tests/experiments.md
 WARM_UP = 0.2  # share of the steps over which the learning rate rises to its peak, before it falls to 0
 BFLOAT16 = True  # bfloat16 products where the processor has them, up to twice as fast; False: float32, and no TF32
 CHECKPOINT_DIR = "checkpoints"  # beside this file unless absolute; or CHECKPOINT_DIR in the environment
@@ -44,7 +42,7 @@ SCRIPTS = {"teacher": "train_teacher.py", "student": "train_student.py", "distil
 OUR_FILES = {*SCRIPTS.values(), "evaluate.py", "data.py", "models.py"}
 FORMAT = 4  # of checkpoints, which hold tensors and plain values only
 TOLERANCE = 1e-4  # of a saved network's answers, a share of the largest; rounding moved them by 5e-6, edits by 7e-4
-LIMITS = {  # constant: least, most; of whole numbers where the least is one
+LIMITS = {  # constant: least, most; where the least is an int, it must be a whole number
     "HOLD_OUT": (0, math.inf),
     "TRAIN_IMAGES": (0, math.inf),
     "SIZE": (16, 256),
@@ -188,8 +186,8 @@ class Muon(torch.optim.SGD):
                 continue
             momentum = self.state[kernel]["momentum_buffer"]
             momentum.mul_(group["momentum"]).add_(kernel.grad)
-            step = kernel.grad.add(momentum, alpha=group["momentum"]).flatten(1)
-            direction = orthogonalise(step).reshape(kernel.shape) * (norm / min(step.shape) ** 0.5)
+            update = kernel.grad.add(momentum, alpha=group["momentum"]).flatten(1)
+            direction = orthogonalise(update).reshape(kernel.shape) * (norm / min(update.shape) ** 0.5)
             kernel.mul_(norm / kernel.norm().clamp(min=1e-7))
             kernel.sub_(direction, alpha=group["lr"] * self.turn)
             kernel.grad = None  # done: what is left is for SGD
@@ -206,9 +204,9 @@ def orthogonalise(matrix):
         return orthogonalise(matrix.mT).mT  # the product below is the smaller one
     nearer = (matrix / (matrix.norm() + 1e-7)).to(precision(matrix.device))  # singular values of 1 at most
     for _ in range(3):
-        product = nearer @ nearer.mT
-        inner = torch.addmm(product, product, product, beta=-4.7750, alpha=2.0315)
-        nearer = torch.addmm(nearer, inner, nearer, beta=3.4445)
+        gram = nearer @ nearer.mT
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        nearer = torch.addmm(nearer, polynomial, nearer, beta=3.4445)
     return nearer.to(matrix.dtype)
 
 
@@ -241,18 +239,12 @@ def setup():
 
 
 def run_script(main):
-    """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has. Where the
-    output is not read any more, as by `| head`, it ends in silence.
-    """
+    """Runs a script's `main`; Ctrl-C ends it with one sentence, and so do arguments, which no script has."""
     if len(sys.argv) > 1:
         script = Path(sys.argv[0]).name
         raise SystemExit(f"{script} takes no arguments ({sys.argv[1]}): edit the constants at the top of the file.")
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-        sys.exit(1)
     except KeyboardInterrupt:
         if RANK == 0:
             print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
@@ -297,23 +289,13 @@ def seed_random_numbers(seed):
 def new_network(make, train, seed):
     """What `teacher` or `student` makes, on the images' device, with fresh weights that follow from the seed alone.
 
-    It is tried first: see `try_out`. Under torchrun each gradient is averaged over all processes by hooks, which unlike
-    DistributedDataParallel leave no wrapper that a script could forget to call.
+    It is asked once before it is trained: see `check_logits`. Under torchrun each gradient is averaged over all
+    processes by hooks, which unlike DistributedDataParallel leave no wrapper that a script could forget to call.
     """
-    device = train.labels.device
-    classes = len(train.classes)
-    source = f"{make.__name__}() in models.py"
-    try:
-        seed_random_numbers(seed)
-        network = make(classes)
-        if not isinstance(network, nn.Module) or any(map(is_lazy, network.parameters())):
-            check_logits(network, classes, source)  # refuses the one, and gives lazy layers their shapes
-        network.to(device, memory_format=torch.channels_last)
-        with torch.random.fork_rng([]):  # as if nothing were drawn by it; each epoch seeds all generators anew
-            try_out(network, make(classes), device, classes, source)
-    except Exception as error:  # of anybody's own network
-        way_out = "if it cannot compute in bfloat16, set BFLOAT16 = False in models.py"
-        raise RuntimeError(f"{source} makes a network that fails as shown above; {way_out}.") from error
+    seed_random_numbers(seed)
+    network = make(len(train.classes))
+    check_logits(network, len(train.classes), f"{make.__name__}() in models.py")  # gives lazy layers their shapes, too
+    network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -321,49 +303,31 @@ def new_network(make, train, seed):
     return network
 
 
-def try_out(network, other, device, classes, source):
-    """Shows, by another network that was made as this one was, whether it can be saved and trained; leaves it as it is.
+@torch.no_grad()
+def check_logits(network, classes, source):
+    """The logits [2, classes] of a network on the CPU for two fixed pictures, of pixels of random colours.
 
-    With the same state_dict both must answer alike. An error where the other one fails in training mode.
-    """
-    other.load_state_dict(network.state_dict())
-    other.to(device, memory_format=torch.channels_last)
-    with torch.no_grad(), autocast(device):
-        torch.manual_seed(0)  # for layers that are random in eval mode too
-        logits = check_logits(network, classes, source, device)
-        network.load_state_dict(other.state_dict())  # a layer may have set itself by the pictures
-        torch.manual_seed(0)
-        apart = (logits - check_logits(other, classes, source, device)).abs().max()
-    if not apart <= 0.01 * logits.abs().max():
-        way_out = "register its random tensors by register_buffer"
-        raise SystemExit(f"{source}: with the same state_dict two of these networks answer differently: {way_out}.")
-    with autocast(device):
-        trained = check_logits(other, classes, source, device, training=True)
-    trained.sum().backward()  # an error where all is frozen
-
-
-def check_logits(network, classes, source, device="cpu", training=False):
-    """The network's logits [2, classes] for two fixed pictures, of pixels of random colours.
-
-    Ends the script with one sentence about `source` if these are no logits. Leaves the network in the mode asked for.
+    Ends the script with one sentence about `source` if these are no finite logits. Leaves the network in eval mode.
     """
     colours = np.random.default_rng(0).random((2, 3, data.SIZE, data.SIZE), np.float32)
-    pictures = torch.from_numpy(colours).to(device).contiguous(memory_format=torch.channels_last)  # as in training
     logits = None
     if isinstance(network, nn.Module):
-        logits = network.train(training)(pictures)
+        torch.manual_seed(9_999_999_999)  # none that SEED can be; for layers that are random in eval mode too
+        logits = network.eval()(torch.from_numpy(colours))
     shape = list(getattr(logits, "shape", ()))
     if shape != [2, classes]:
-        wanted = f"must map images {list(pictures.shape)} to logits [2, {classes}]"
+        wanted = f"must map images {list(colours.shape)} to logits [2, {classes}]"
         raise SystemExit(f"{source} {wanted}, not to {shape or type(logits).__name__}.")
+    if not logits.isfinite().all():
+        raise SystemExit(f"{source} gives logits that are not finite: a lower LEARNING_RATE may help.")
     return logits
 
 
 @torch.no_grad()
-def predict(name, network, split, mirror=False):
+def predict(network, split, mirror=False):
     """The network's logits for the images as they are, float32 [N, classes]; leaves it in eval mode.
 
-    With mirror, the mean of those for each image and for its mirror image. Ends the script where they are not finite.
+    With mirror, the mean of those for each image and for its mirror image.
     """
     device = split.labels.device
     whole = torch.zeros(len(split), len(split.classes), device=device)
@@ -376,8 +340,6 @@ def predict(name, network, split, mirror=False):
             whole[positions] = logits
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(whole)  # each row is 0 in all processes but one
-    if not whole.isfinite().all():
-        raise SystemExit(f"The {name}'s logits are not finite: wrong weights, or too high a rate in {SCRIPTS[name]}.")
     return whole
 
 
@@ -410,7 +372,7 @@ class Run:
 
     The progress is saved after every epoch but the last. A killed run continues from there; on the CPU it ends in the
     same weights, since all random numbers of an epoch follow from the seed, the epoch and the process alone.
-    recipe: see `make_recipe`; a run continues only with the same one. epoch_count, steps, seed: of the whole training.
+    constants: globals() of its script; a run continues only with the same ones. teacher: who taught it, if anybody did.
     curve: for each epoch the means over the training views of the loss that is trained on, and, of those with a label,
     of the cross-entropy and the accuracy; with a hold-out the accuracy on that; the seconds of training so far.
     """
@@ -421,10 +383,8 @@ class Run:
     schedule: LambdaLR
     train: ImageSet
     hold_out: ImageSet | None
-    recipe: dict
-    epoch_count: int
-    steps: int
-    seed: int
+    constants: dict
+    teacher: nn.Module | None = None
     curve: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
@@ -432,15 +392,19 @@ class Run:
         train = self.train
         device = train.labels.device
         self.script = SCRIPTS[name]
-        self.resumed = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.seed = self.constants["SEED"]
+        self.epoch_count = self.constants["EPOCHS"]
+        self.batch_size = self.constants["BATCH_SIZE"]
+        self.steps = self.epoch_count * data.batch_count(len(train), self.batch_size)
+        self.recipe = make_recipe(self.constants, train, self.optimizer, self.schedule)
+        self.recipe["steps"] = self.steps
+        if self.teacher:
+            self.recipe["teacher"] = data.fingerprint(*self.teacher.state_dict().values())
+        self.parts = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)  # of the epoch, see `update`
         folder = checkpoint_dir(train.dataset)
         self.checkpoint_path = folder / f"{name}.pt"
         self.progress_path = folder / f"{name}.progress.pt"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SystemExit(f"{folder} (CHECKPOINT_DIR) cannot be made: {error}.") from None
         if self.progress_path.exists():
             self._continue()
         unlabelled = (train.labels < 0).sum().item()
@@ -461,7 +425,7 @@ class Run:
         if differing:
             start = f"{self.progress_path} is an unfinished run with other constants or code (then, now): {differing}"
             raise SystemExit(f"{start}. Restore them to go on, or delete {self.progress_path.name}.")
-        for key, part in self.resumed.items():
+        for key, part in self.parts.items():
             part.load_state_dict(progress[key])
         self.curve = progress["curve"]
         print(f"Continuing the unfinished run after epoch {len(self.curve)} of {self.epoch_count}.")
@@ -469,8 +433,8 @@ class Run:
     def epochs(self):
         """Yields the numbers of the epochs still to do; ends each with a line and the progress on the disk."""
         for epoch in range(len(self.curve), self.epoch_count):
-            words = [data.TRAINING, self.seed, epoch, RANK]
-            seed_random_numbers(int(np.random.default_rng(words).integers(2**63)))
+            entropy = [data.TRAINING, self.seed, epoch, RANK]
+            seed_random_numbers(int(np.random.default_rng(entropy).integers(2**63)))
             self.network.train()
             self.totals.zero_()
             started = time.perf_counter()
@@ -487,20 +451,24 @@ class Run:
         self.totals += torch.stack([loss * images, cross_entropy, correct, labelled, images])
 
     def _end_epoch(self, epoch, started):
-        average_over_processes(self.totals, *filter(torch.is_floating_point, self.network.buffers()))
-        loss, cross_entropy, correct, labelled, images = self.totals.tolist()
+        average_over_processes(self.totals)
+        loss, cross_entropy, correct, labelled, images = self.totals.tolist()  # waits for the device
         rate = WORLD_SIZE * images / (time.perf_counter() - started)
+        if not math.isfinite(loss):
+            raise SystemExit(f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {self.script}.")
+        if self.hold_out or epoch + 1 == self.epoch_count:
+            renew_statistics(self.network, data.batches(self.train, self.batch_size, epoch, self.seed))
+        average_over_processes(*filter(torch.is_floating_point, self.network.buffers()))
         figures = {
             "epoch": epoch + 1,
             "loss": loss / images,
             "cross_entropy": cross_entropy / labelled,
             "accuracy": correct / labelled,
         }
-        self._check_finite(loss, epoch)
         means = "loss {loss:.3f}, cross-entropy {cross_entropy:.3f}, accuracy {accuracy:.2%}".format_map(figures)
         line = f"epoch {epoch + 1:3}/{self.epoch_count}: {means}"
         if self.hold_out:
-            logits = predict(self.name, self.network, self.hold_out)
+            logits = predict(self.network, self.hold_out)
             figures["hold_out_accuracy"] = accuracy(logits, self.hold_out.labels)
             line += f", hold-out {figures['hold_out_accuracy']:.2%}"
         seconds = time.perf_counter() - started
@@ -510,19 +478,11 @@ class Run:
         left = self.epoch_count - len(self.curve)
         if left:
             progress = {"recipe": self.recipe, "curve": self.curve}
-            for key, part in self.resumed.items():
+            for key, part in self.parts.items():
                 progress[key] = part.state_dict()
             write_atomically(self.progress_path, lambda file: torch.save(progress, file))
-            seconds_left = math.ceil(left * seconds)
-            time_left = f"{seconds_left} s" if seconds_left < 120 else f"{seconds_left // 60 + 1} min"
-            line += f", about {time_left} left"
+            line += f", about {math.ceil(left * seconds / 60)} min left"
         print(line, flush=True)
-
-    def _check_finite(self, loss, epoch):
-        """Ends the script with a sentence where the training has diverged."""
-        if math.isfinite(loss) and all(parameter.isfinite().all() for parameter in self.network.parameters()):
-            return
-        raise SystemExit(f"Training diverged in epoch {epoch + 1}: lower LEARNING_RATE in {self.script}.")
 
     def save(self):
         """Saves the checkpoint and removes the progress. Ends the script where epochs are left, as after a break."""
@@ -589,8 +549,7 @@ def load_checkpoint(name, dataset, split=None):
         if split.fingerprint not in (None, recipe["images"]):
             message = f"{path} was trained on other images than {dataset} has now, with HOLD_OUT = {data.HOLD_OUT}"
             message += f" and TRAIN_IMAGES = {data.TRAIN_IMAGES}"
-            more_or_fewer = recipe.get("TRAIN_IMAGES") != data.TRAIN_IMAGES  # but none of the hold-out
-            if data.HOLD_OUT and not (recipe.get("HOLD_OUT") == data.HOLD_OUT and more_or_fewer):
+            if data.HOLD_OUT and recipe.get("HOLD_OUT") != data.HOLD_OUT:
                 raise SystemExit(f"{message}, so perhaps on the hold-out: run python {script} again, or save it again.")
             print(f"{message}.")
         network.to(split.labels.device)
@@ -599,9 +558,8 @@ def load_checkpoint(name, dataset, split=None):
 
 @torch.no_grad()
 def rebuild(checkpoint, path, again):
-    """The network of a checkpoint, in eval mode; ends the script where models.py makes another one than it holds.
-
-    If it was edited since, the network must answer as it did when it was saved: shapes alone would not tell.
+    """The network of a checkpoint, in eval mode; ends the script where models.py makes another one than it holds, which
+    answers otherwise than that did when it was saved: shapes alone would not tell.
     """
     kind = checkpoint["network"]
     classes = len(checkpoint["classes"])
@@ -613,9 +571,7 @@ def rebuild(checkpoint, path, again):
         raise SystemExit(edited) from None
     answers = check_logits(network, classes, f"The network of {path}")
     apart = (answers - checkpoint["answers"]).abs().max()
-    now = recipe_of_files(globals())
-    unedited = all(checkpoint["recipe"].get(key) == value for key, value in now.items())
-    if not unedited and not apart <= TOLERANCE * answers.abs().max():
+    if not apart <= TOLERANCE * answers.abs().max():
         raise SystemExit(edited)
     return network
 
@@ -642,10 +598,9 @@ def load_file(path, script):
     """What torch.save wrote to path, on the CPU. Ends the script where it cannot be read: `script` writes it anew."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except PermissionError as error:
-        raise SystemExit(f"{path} cannot be read: {error}.") from None
-    except Exception:  # torch raises nearly anything on a damaged file
-        raise SystemExit(f"{path} is damaged: delete it and run python {script} again.") from None
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        message = f"{path} cannot be read ({type(error).__name__}): delete it and run python {script} again."
+        raise SystemExit(message) from None
 
 
 # ---- What a training was ---------------------------------------------------------------------------------------------
@@ -665,12 +620,12 @@ def check_constants(constants):
                 raise SystemExit(f"{name} = {value!r} in {file} must be {wanted} from {least:g} to {most}.")
 
 
-def make_recipe(constants, train, optimizer, schedule, steps):
-    """What decided how a network was trained, to be compared: images and precision, the files that train it (see
+def make_recipe(constants, train, optimizer, schedule):
+    """What decides how a network is trained, to be compared: images and precision, the files that train it (see
     `recipe_of_files`; constants: globals() of its script), the optimizer's and the schedule's class, and all plain
     values of the optimizer's groups.
     """
-    recipe = {"images": train.fingerprint, "steps": steps, "precision": str(precision(train.labels.device))}
+    recipe = {"images": train.fingerprint, "precision": str(precision(train.labels.device))}
     unlabelled = train.images[train.labels < 0]
     if len(unlabelled):
         recipe["unlabelled"] = data.fingerprint(unlabelled)
@@ -715,17 +670,10 @@ def plain(values):
 
 
 def code_hash(path, constants=()):
-    """8 hexadecimal digits of what the code in a file says, without comments, docstrings and what assigns constants."""
-    said = ast.unparse(WithoutDocstrings().visit(ast.parse(path.read_bytes())))  # a line a statement
-    lines = [line for line in said.splitlines() if line.partition(" = ")[0] not in constants]
+    """8 hexadecimal digits of the lines of a file but those that assign constants."""
+    text = path.read_text("utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.partition(" = ")[0] not in constants]
     return data.fingerprint(lines)[:8]
-
-
-class WithoutDocstrings(ast.NodeTransformer):
-    """Takes them, and whatever else is but a constant in a line, out of a tree."""
-
-    def visit_Expr(self, node):
-        return None if isinstance(node.value, ast.Constant) else node
 
 
 def differences(first, second, left_out=()):

@@ -26,8 +26,7 @@ def main():
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(student, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    recipe = models.make_recipe(globals(), train, optimizer, schedule, steps)
-    run = models.Run("student", student, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
+    run = models.Run("student", student, optimizer, schedule, train, hold_out, globals())
 
     for epoch in run.epochs():
         for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):
@@ -39,8 +38,6 @@ def main():
             optimizer.step()
             schedule.step()
             run.update(loss, logits, labels)
-        if hold_out or epoch + 1 == EPOCHS:
-            models.renew_statistics(student, data.batches(train, BATCH_SIZE, epoch, SEED))
     run.save()
 
 

@@ -27,8 +27,7 @@ def main():
     steps = EPOCHS * data.batch_count(len(train), BATCH_SIZE)
     optimizer = models.Muon(teacher, LEARNING_RATE, WEIGHT_DECAY, steps)
     schedule = models.make_schedule(optimizer, steps)
-    recipe = models.make_recipe(globals(), train, optimizer, schedule, steps)
-    run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, recipe, EPOCHS, steps, SEED)
+    run = models.Run("teacher", teacher, optimizer, schedule, train, hold_out, globals())
 
     for epoch in run.epochs():
         for images, labels, _ in data.batches(train, BATCH_SIZE, epoch, SEED):
@@ -40,8 +39,6 @@ def main():
             optimizer.step()
             schedule.step()
             run.update(loss, logits, labels)
-        if hold_out or epoch + 1 == EPOCHS:
-            models.renew_statistics(teacher, data.batches(train, BATCH_SIZE, epoch, SEED))
     run.save()
 
 

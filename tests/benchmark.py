@@ -146,7 +146,7 @@ def measure_steps(name: str, make, script, train: data.ImageSet, peak: float, st
     network = models.new_network(make, train, 0)
     optimizer = models.Muon(network, 1e-3, 0.0, 10**6)
     schedule = models.make_schedule(optimizer, 10**6)
-    run = models.Run(name, network, optimizer, schedule, train, None, {}, 1, 10**6, 0)
+    run = models.Run(name, network, optimizer, schedule, train, None, vars(script))
     fixed = next(batches(train, script))
 
     def step(images, labels):
@@ -203,7 +203,7 @@ def measure_answers(train: data.ImageSet) -> None:
             for images, *_ in data.batches(some, train_student.BATCH_SIZE):
                 teacher(images)
 
-    ours, usual = medians(lambda: models.predict("teacher", teacher, some), plain, repeats=5)
+    ours, usual = medians(lambda: models.predict(teacher, some), plain, repeats=5)
     row("teacher: prediction", len(some) / ours, "images/s")
     row("teacher: no_grad, training batches", len(some) / usual, "images/s")
 
@@ -227,7 +227,7 @@ def measure_epochs(train: data.ImageSet) -> None:
 
     load = data.load_train
     data.load_train = lambda device: (train, None)
-    passes = seconds(lambda: models.predict("teacher", teacher, train, mirror=True))
+    passes = seconds(lambda: models.predict(teacher, train, mirror=True))
     epoch(distill)  # to warm up
     pairs = [(epoch(train_student), epoch(distill)) for _ in range(3)]
     alone, taught = (statistics.median(times) for times in zip(*pairs))

@@ -126,7 +126,7 @@ def main():
         measured = results["models"].get(name, {})
         if measured.get("fingerprint") != data.fingerprint(*network.state_dict().values()):
             raise SystemExit(f"{path} is older than {name}.pt: run python evaluate.py.")
-        logits[name] = models.predict(name, network, test).cpu()
+        logits[name] = models.predict(network, test).cpu()
     temperature = checkpoint["recipe"].get("TEMPERATURE", 1)  # of the last one, distilled.pt
     rows = undecided(logits, test.labels.cpu(), test.classes, temperature)
     picture = io.BytesIO()

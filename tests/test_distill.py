@@ -138,9 +138,7 @@ def test_answers_that_are_not_finite_are_the_teachers_fault(tiny):
     content = torch.load(tiny / "teacher.pt", weights_only=True)
     content["state_dict"]["head.weight"][0, 0] = float("nan")
     torch.save(content, tiny / "teacher.pt")
-    with pytest.raises(
-        SystemExit, match="^The teacher's logits are not finite: wrong weights, or too high a rate in train_teacher.py"
-    ):
+    with pytest.raises(SystemExit, match="^The network of .*teacher.pt gives logits that are not finite"):
         distill.main()
 
 
@@ -199,11 +197,6 @@ def test_a_teacher_of_the_same_hold_out_and_fewer_images_may_teach(tiny, monkeyp
     distill.main()
     said = "teacher.pt was trained on other images than synthetic has now, with HOLD_OUT = 30"
     assert said in capsys.readouterr().out
-    drawn = data.synthetic("train")
-    monkeypatch.setattr(data, "TRAIN_IMAGES", 100)
-    monkeypatch.setattr(data, "synthetic", lambda split: (255 - drawn[0], *drawn[1:]))
-    with pytest.raises(SystemExit, match="so perhaps on the hold-out"):
-        distill.main()
 
 
 @pytest.mark.parametrize("labelled", [[0, 2, 5], []])
@@ -265,7 +258,7 @@ def test_the_student_learns_from_images_without_a_label(few_labels, monkeypatch,
     assert len(shown) == 12 and (torch.cat(shown[:6]) < 0).sum() == 120
     train, _ = data.load_train("cpu")
     teacher, _ = models.load_checkpoint("teacher", "synthetic", train)
-    logits = models.predict("teacher", teacher, train, mirror=True)
+    logits = models.predict(teacher, train, mirror=True)
     assert f"right on {models.accuracy(logits, train.labels):.2%} of the training images" in message
     recipe = models.load_file(few_labels / "distilled.pt", "it")["recipe"]
     assert recipe["images"] == train.fingerprint and recipe["unlabelled images"] == 120 and recipe["steps"] == 12
@@ -391,7 +384,7 @@ def test_the_line_about_the_teacher_shows_that_its_classes_are_in_another_order(
         assert parameters == f"{sum(p.numel() for p in teacher.parameters()):,}"
         said.append(float(right))
         teacher.head.weight.data = teacher.head.weight.data.roll(1, 0)
-    logits = models.predict("teacher", models.load_checkpoint("teacher", "synthetic")[0], train, mirror=True)
+    logits = models.predict(models.load_checkpoint("teacher", "synthetic")[0], train, mirror=True)
     assert said[1] == pytest.approx(100 * (logits.argmax(1) == train.labels).float().mean().item(), abs=0.01)
     assert said[0] > 2 * said[1]
 
@@ -409,7 +402,7 @@ def test_distillation_lowers_the_divergence_from_the_teacher(tiny, monkeypatch):
     distill.main()
     train, _ = data.load_train("cpu")
     logits = {
-        name: models.predict(name, models.load_checkpoint(name, "synthetic", train)[0], train)
+        name: models.predict(models.load_checkpoint(name, "synthetic", train)[0], train)
         for name in models.SCRIPTS
     }
     away = {

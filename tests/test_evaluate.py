@@ -111,9 +111,9 @@ def test_two_evaluations_are_identical_and_complete(tiny, capsys):
     right, answers = {}, {}
     for name, figures in models_.items():
         network, _ = models.load_checkpoint(name, "synthetic", test)
-        right[name] = (models.predict(name, network, test).argmax(1) == test.labels).sum().item()
+        right[name] = (models.predict(network, test).argmax(1) == test.labels).sum().item()
         assert figures["accuracy"] == pytest.approx(right[name] / 100)
-        logits = models.predict(name, network, test)
+        logits = models.predict(network, test)
         of_label = logits.double().softmax(1)[torch.arange(100), test.labels]
         assert figures["loss"] == pytest.approx(-of_label.log().mean().item(), rel=1e-5)
         assert figures["ece"] == pytest.approx(evaluate.calibration_error(logits, test.labels))
@@ -407,7 +407,7 @@ def test_students_trained_on_other_images_are_no_fair_comparison(tiny, monkeypat
 
 def test_a_network_that_is_always_right(tiny, monkeypatch):
     train_student.main()
-    monkeypatch.setattr(models, "predict", lambda name, network, test: 9 * torch.eye(10)[test.labels])
+    monkeypatch.setattr(models, "predict", lambda network, test: 9 * torch.eye(10)[test.labels])
     evaluate.main()
     text = (tiny / "results.json").read_text()
     assert json.loads(text)["models"]["student"]["accuracy"] == 1 and "NaN" not in text

@@ -99,20 +99,13 @@ def test_a_source_folder_that_nobody_may_write_in(copy, tmp_path):
         if copy.run("-c", "open('new', 'w')", before=obey_permissions).returncode == 0:
             pytest.skip("here one may write in a folder that is read-only")
         done = copy.run("train_student.py", before=obey_permissions)
-        assert done.returncode == 1 and "(CHECKPOINT_DIR) cannot be made" in done.stderr
+        assert done.returncode == 1 and "could not be written" in done.stderr and "CHECKPOINT_DIR" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         done = copy.run("train_student.py", **elsewhere)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "elsewhere" / "synthetic" / "student.pt").exists()
     finally:
         copy.folder.chmod(0o755)
-
-
-def test_a_folder_that_cannot_be_made_is_named_before_any_work(copy):
-    (copy.folder / "taken").write_text("a file")
-    done = copy.run("train_student.py", CHECKPOINT_DIR=str(copy.folder / "taken"))
-    assert done.returncode == 1 and "epoch" not in done.stdout
-    assert "(CHECKPOINT_DIR) cannot be made" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(copy):
@@ -145,7 +138,7 @@ def test_damaged_progress_is_not_believed(damage, tiny, tmp_path, monkeypatch):
     if damage == "foreign":
         message = "progress.pt is an unfinished run with other constants or code .*, or delete distilled.progress.pt."
     else:
-        message = "progress.pt is damaged: delete it and run python distill.py again."
+        message = r"progress.pt cannot be read \(\w+\): delete it and run python distill.py again."
     with pytest.raises(SystemExit, match=message):
         distill.main()
     assert not (tmp_path / "executed").exists()
@@ -155,13 +148,13 @@ def test_damaged_progress_is_not_believed(damage, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, where root can be made to obey")
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(copy):
+def test_a_checkpoint_that_may_not_be_read_says_so(copy):
     assert copy.run("train_teacher.py").returncode == 0
     path = copy.folder / "checkpoints" / "synthetic" / "teacher.pt"
     path.chmod(0)
     done = copy.run("distill.py", before=obey_permissions)
     path.chmod(0o644)
-    assert done.returncode == 1 and "teacher.pt cannot be read: " in done.stderr
+    assert done.returncode == 1 and "teacher.pt cannot be read (PermissionError): " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

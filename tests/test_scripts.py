@@ -65,7 +65,7 @@ def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
     assert done.stderr == "" and "\r" not in done.stdout
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 2 and len(lines) == 4
-    assert re.search(r", about \d+ s left$", epochs[0]) and "left" not in epochs[1]
+    assert re.search(r", about \d+ min left$", epochs[0]) and "left" not in epochs[1]
     assert all("cross-entropy" in line for line in epochs)
     assert all("loss" in line and "accuracy" in line and "hold-out" in line and "images/s" in line for line in epochs)
 
@@ -107,22 +107,6 @@ def test_a_users_error_is_one_sentence(tmp_path):
         _, message = started.communicate(timeout=200)
         assert started.returncode == 1
         assert expected in message and "Traceback" not in message and len(message.splitlines()) == 1
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a pipe ends otherwise there")
-def test_an_output_that_is_not_read_to_its_end_is_no_error_and_the_progress_stays(copy):
-    copy.edit("train_student.py", EPOCHS=400)
-    command = f"'{sys.executable}' '{copy.folder / 'train_student.py'}' | head -2"
-    done = copy.run("-c", f"import subprocess; print(subprocess.run({command!r}, shell=True, stderr=subprocess.PIPE))")
-    assert done.stdout.startswith("student: ") and "stderr=b''" in done.stdout, done.stdout
-    assert (copy.folder / "checkpoints" / "synthetic" / "student.progress.pt").exists()
-    for script in ("train_teacher.py", "train_student.py", "distill.py"):
-        copy.edit(script, EPOCHS=1)
-    (copy.folder / "checkpoints" / "synthetic" / "student.progress.pt").unlink()
-    assert copy.run("-c", "import train_student; train_student.main()").returncode == 0
-    command = f"'{sys.executable}' '{copy.folder / 'evaluate.py'}' | true"
-    done = copy.run("-c", f"import subprocess; print(subprocess.run({command!r}, shell=True, stderr=subprocess.PIPE))")
-    assert "stderr=b''" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
