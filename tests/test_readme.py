@@ -96,7 +96,7 @@ def test_a_teacher_with_weights_of_imagenet(tiny, monkeypatch):
 
 
 def test_the_optimizer_for_transformers(tiny, monkeypatch):
-    (line,) = re.findall(r"`optimizer =\s(torch.optim.AdamW[^`]*)`", README)
+    (line,) = re.findall(r"`(torch.optim.AdamW[^`]*)`", README)
     monkeypatch.setattr(models, "Muon", lambda student, *_: eval(line, {"torch": torch, "student": student}))
     train_student.main()
     recipe = models.load_file(tiny / "student.pt", "it")["recipe"]
