@@ -481,7 +481,7 @@ class Run:
             for key, part in self.parts.items():
                 progress[key] = part.state_dict()
             write_atomically(self.progress_path, lambda file: torch.save(progress, file))
-            line += f", about {math.ceil(left * seconds / 60)} min left"
+            line += f", about {left * seconds / 60:.1f} min left"
         print(line, flush=True)
 
     def save(self):

@@ -65,7 +65,7 @@ def test_the_output_without_a_terminal_is_one_plain_line_an_epoch(copy):
     assert done.stderr == "" and "\r" not in done.stdout
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 2 and len(lines) == 4
-    assert re.search(r", about \d+ min left$", epochs[0]) and "left" not in epochs[1]
+    assert re.search(r", about \d+\.\d min left$", epochs[0]) and "left" not in epochs[1]
     assert all("cross-entropy" in line for line in epochs)
     assert all("loss" in line and "accuracy" in line and "hold-out" in line and "images/s" in line for line in epochs)
 
