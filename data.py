@@ -112,7 +112,7 @@ def add_unlabelled(train):
         images = read_images(paths, f"reading {folder}")
         index = np.arange(len(paths))
         way_out = f"put some into {folder}"
-    if len(images) == 0:
+    if not len(images):
         missing = f"{train.dataset} has no images without a label"
         raise SystemExit(f"UNLABELLED = True in distill.py, but {missing}: {way_out}.")
     parts = {"images": images, "labels": np.full(len(images), -1), "index": index}

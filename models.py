@@ -293,8 +293,9 @@ def new_network(make, train, seed):
     processes by hooks, which unlike DistributedDataParallel leave no wrapper that a script could forget to call.
     """
     seed_random_numbers(seed)
-    network = make(len(train.classes))
-    check_logits(network, len(train.classes), f"{make.__name__}() in models.py")  # gives lazy layers their shapes, too
+    classes = len(train.classes)
+    network = make(classes)
+    check_logits(network, classes, f"{make.__name__}() in models.py")  # gives lazy layers their shapes, too
     network.to(train.labels.device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1:
         for parameter in network.parameters():
@@ -398,7 +399,7 @@ class Run:
         self.steps = self.epoch_count * data.batch_count(len(train), self.batch_size)
         self.recipe = make_recipe(self.constants, train, self.optimizer, self.schedule)
         self.recipe["steps"] = self.steps
-        if self.teacher:
+        if self.teacher is not None:
             self.recipe["teacher"] = data.fingerprint(*self.teacher.state_dict().values())
         self.parts = {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule}
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)  # of the epoch, see `update`
