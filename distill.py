@@ -35,7 +35,7 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, kd_we
     student_logits = student_logits.float()
     teacher_logits = teacher_logits.float()
     hard = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum") / len(labels)
-    soft = F.kl_div(
+    soft = F.kl_div(  # F.kl_div(input, target) is KL(target || input)
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1),
         reduction="batchmean",  # per image; "mean" would divide by the number of classes as well
